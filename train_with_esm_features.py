@@ -1038,35 +1038,18 @@ def absolute_toml(experiment: ExperimentConfig) -> str:
     return toml.dumps(content)
 
 
-def write_run(plan: Plan, args: argparse.Namespace, replaces: Sequence[Path]) -> dict[str, Any]:
-    """Make the run directory stand alone: features, manifest, TOML, run.json; returns that."""
+def write_inputs(plan: Plan) -> None:
+    """Make the run stand alone: its own copy of features, manifest and TOML."""
 
     def copy(source: Path, target: Path) -> None:
         with source.open("rb") as content:
             write_whole(target, lambda f: shutil.copyfileobj(content, f))
 
-    if plan.features.resolve() != plan.own_features.resolve():
-        copy(plan.features, plan.own_features)
-        if manifest_path(plan.features).is_file():
-            copy(manifest_path(plan.features), manifest_path(plan.own_features))
+    copy(plan.features, plan.own_features)
+    if manifest_path(plan.features).is_file():
+        copy(manifest_path(plan.features), manifest_path(plan.own_features))
     text = f"# {plan.toml.absolute()} as used here\n{absolute_toml(plan.data.experiment)}"
     write_whole(plan.own_toml, lambda f: f.write(text.encode()))
-    record = {
-        "format": RUN_FORMAT,
-        "status": "training",
-        "command": args.command,
-        "stock_command": plan.stock_command(),
-        "settings": plan.settings,
-        "typed": plan.typed,
-        "identity": identity(plan),
-        "ablation": plan.pert_features["ablation"],
-        "python_hash_seed": os.environ.get("PYTHONHASHSEED"),
-        "replaces": [str(p) for p in replaces],
-        "starts": [],
-        "steps": 0,
-    }
-    write_json(plan.run_dir / "run.json", record)
-    return record
 
 
 def checkpoint_steps(run_dir: Path) -> dict[Path, int]:
@@ -1244,8 +1227,13 @@ def progress_bar() -> Any:
     return Progress()
 
 
-def train(plan: Plan) -> Outcome:
+def train(plan: Plan, outcome: Outcome) -> None:
     """Run the stock training on the plan; its prints go to train.log in the run directory.
+
+    Parameters
+    ----------
+    outcome
+        Filled in as the training ends, well or not.
 
     Raises
     ------
@@ -1256,7 +1244,6 @@ def train(plan: Plan) -> Outcome:
     from omegaconf import OmegaConf
     from state._cli import run_tx_train
 
-    outcome = Outcome()
     callbacks = [
         LambdaCallback(
             on_fit_start=keep_last_name,
@@ -1290,7 +1277,6 @@ def train(plan: Plan) -> Outcome:
     # `state tx predict` takes last.ckpt, `state tx infer` final.ckpt; both are the last step's
     checkpoints = plan.run_dir / "checkpoints"
     same_file(checkpoints / "final.ckpt", checkpoints / "last.ckpt")
-    return outcome
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1439,18 +1425,35 @@ def finish(plan: Plan, record: dict[str, Any], outcome: Outcome) -> None:
     log.info("predict   %s", infer_command(plan))
 
 
-def start(plan: Plan, earlier: Mapping[str, Any] | None, how: str, args: Any) -> dict[str, Any]:
+def start(
+    plan: Plan, earlier: Mapping[str, Any] | None, how: str, args: argparse.Namespace
+) -> dict[str, Any]:
     """Prepare the run directory for a new, replaced or resumed run; returns its record."""
-    replaces: list[Path] = []
-    step = prepare_resume(plan) if how == "resume" else 0
-    if how == "overwrite" and earlier is not None:
-        replaces = [Path(p) for p in earlier["replaces"]] + [move_aside(plan.run_dir)]
-        log.info("the old run is kept as %s until this one has finished", replaces[-1])
-    record = write_run(plan, args, replaces)
     if how == "resume" and earlier is not None:
-        record["starts"] = list(earlier["starts"])
-        record["replaces"] = earlier["replaces"]
-    record["starts"].append({"from_step": step, "data_order_and_random_state": "new"})
+        step = prepare_resume(plan)
+        record = dict(earlier)
+    else:
+        step = 0
+        record = {"format": RUN_FORMAT, "starts": [], "steps": 0, "replaces": []}
+        if how == "overwrite" and earlier is not None:
+            aside = str(move_aside(plan.run_dir))
+            record["replaces"] = [*earlier["replaces"], aside]
+            log.info("the old run is kept as %s until this one has finished", aside)
+        write_inputs(plan)
+    record |= {
+        "status": "training",
+        "stock_command": plan.stock_command(),
+        "settings": plan.settings,
+        "typed": plan.typed,
+        "ablation": plan.pert_features["ablation"],
+        "python_hash_seed": os.environ.get("PYTHONHASHSEED"),
+        "identity": identity(plan),
+    }
+    fresh = "data order and random state start anew" if step else None
+    record["starts"] = [
+        *record["starts"],
+        {"from_step": step, "command": args.command, **({"note": fresh} if fresh else {})},
+    ]
     write_json(plan.run_dir / "run.json", record)
     return record
 
@@ -1479,11 +1482,12 @@ def run(args: argparse.Namespace, from_command_line: bool) -> int:
         return 0
     log.info("stock     %s", plan.stock_command())
     record = start(plan, earlier, how, args)
+    outcome = Outcome()
     try:
-        outcome = train(plan)
+        train(plan, outcome)
     except BaseException as error:
         stopped = isinstance(error, (KeyboardInterrupt, SystemExit))
-        record["status"] = "stopped" if stopped else "failed"
+        record |= {"status": "stopped" if stopped else "failed", "steps": outcome.steps}
         write_json(run_dir / "run.json", record)
         raise
     finish(plan, record, outcome)

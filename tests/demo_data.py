@@ -7,7 +7,6 @@ writes, all of it simulated and named so:
     demo/simulated_screen.h5ad     cells x genes, log1p, sparse, with every cell type and label
     demo/simulated_template.h5ad   control cells of the screen, relabelled: what to predict
     demo/simulated_table.pt        {gene symbol: vector}, with genes that the screen lacks
-    demo/simulated_truth.npz       noise-free effect of every perturbation
 
 A gene's effect on expression is a linear function of its vector, vectors come in families, and
 the effect of a combination A+B is the sum of its parts. So whoever reads the vectors rightly can
@@ -100,7 +99,8 @@ def effects(screen: Screen) -> dict[str, np.ndarray]:
 def simulate(screen: Screen = Screen()) -> anndata.AnnData:
     """The screen: X (cells, genes) log1p, CSR float32; obs target_gene, cell_type, batch_var."""
     rng = np.random.default_rng(screen.seed + 2)
-    base = rng.gamma(4.0, 0.8, size=(len(screen.cell_types), screen.genes))
+    common = rng.gamma(4.0, 0.8, size=screen.genes)
+    base = common * np.exp(rng.normal(scale=0.3, size=(len(screen.cell_types), screen.genes)))
     rows, obs = [], []
     for i, cell_type in enumerate(screen.cell_types):
         for label, effect in effects(screen).items():
@@ -132,16 +132,14 @@ def template(data: anndata.AnnData, labels: list[str], cells: int = 32) -> annda
 
 
 def write_demo(folder: Path, screen: Screen = Screen()) -> None:
-    """Write the four files of the demo into `folder`."""
+    """Write the three files of the demo into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     data = simulate(screen)
     data.write_h5ad(folder / "simulated_screen.h5ad")
-    truth = effects(screen)
-    predicted = template(data, [label for label in truth if label != CONTROL])
-    predicted.write_h5ad(folder / "simulated_template.h5ad")
+    labels = [label for label in effects(screen) if label != CONTROL]
+    template(data, labels).write_h5ad(folder / "simulated_template.h5ad")
     table = {symbol: torch.from_numpy(vector) for symbol, vector in vectors(screen).items()}
     torch.save(table, folder / "simulated_table.pt")
-    np.savez(folder / "simulated_truth.npz", **truth)
 
 
 if __name__ == "__main__":
