@@ -49,6 +49,7 @@ import signal
 import sys
 import tempfile
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -174,15 +175,21 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def write_whole(path: Path, write: Callable[[Any], None]) -> None:
-    """Write a file whole or not at all: temporary file in its folder, fsync, rename.
+@contextlib.contextmanager
+def staged(path: Path, write: Callable[[Any], Any]) -> Iterator[Path]:
+    """Write a temporary file in the folder of `path`; it takes that name when the block ends.
 
     Parameters
     ----------
     path
-        Where the file shall be; what is there stays untouched until the new one is complete.
+        Where the file shall be; what is there stays untouched until the block ends well.
     write
-        Called with the open binary file.
+        Called with the open binary file, which is synced to disk afterwards.
+
+    Yields
+    ------
+    temporary
+        The complete new file.
 
     Raises
     ------
@@ -191,7 +198,8 @@ def write_whole(path: Path, write: Callable[[Any], None]) -> None:
     """
     temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.parent.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(
             dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False
         ) as f:
@@ -202,14 +210,17 @@ def write_whole(path: Path, write: Callable[[Any], None]) -> None:
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # mkstemp makes files that only the owner can read
+        yield temporary
         temporary.replace(path)
     except BaseException as error:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
-        # torch's zip writer hides the OSError of a full disk behind a RuntimeError
-        cause = error.__context__ if isinstance(error, RuntimeError) else error
+        # torch's zip writer hides what stopped it, a full disk or Ctrl-C, behind a RuntimeError
+        cause = error
+        while isinstance(cause, RuntimeError) and cause.__context__ is not None:
+            cause = cause.__context__
         if not isinstance(cause, OSError):
-            raise
+            raise cause  # noqa: B904
         full = cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         raise InputError(
             f"cannot write {path}: {cause.strerror}; nothing was changed. "
@@ -218,10 +229,20 @@ def write_whole(path: Path, write: Callable[[Any], None]) -> None:
         ) from error
 
 
+def write_whole(path: Path, write: Callable[[Any], Any]) -> None:
+    """Write a file whole or not at all; see `staged`."""
+    with staged(path, write):
+        pass
+
+
+def as_json(content: Mapping[str, Any]) -> bytes:
+    """JSON text, keys in the order given."""
+    return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON whole or not at all, keys in the order given."""
-    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    write_whole(path, lambda f: f.write(text.encode()))
+    """Write JSON whole or not at all."""
+    write_whole(path, lambda f: f.write(as_json(content)))
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -406,7 +427,11 @@ def find_data_files(
                 "[fewshot]: not read"
             )
             continue
-        files[name] = files_cell_load_reads(path)
+        try:
+            files[name] = files_cell_load_reads(path)
+        except (NotImplementedError, ValueError) as error:  # cell-load dies of these
+            problems.append(f"dataset {name!r}: path {path!r} cannot be searched: {error}")
+            continue
         for branch in expand_braces(path):
             if files[name] and not dataset_files(branch):
                 warn(f"dataset {name!r}: {branch} matches no file; cell-load goes on without it")
@@ -535,9 +560,11 @@ def find_column(
             f"{path} has more than one obs column that could be meant: {', '.join(shared)}. "
             f"Choose one with {flag}"
         )
-    everywhere = "" if len(columns) == 1 else f" and {count(len(columns) - 1, 'more file')}"
+    usual = f"no obs column {', '.join(candidates[:4])} ..."
+    if len(columns) == 1:
+        raise InputError(f"{path} has {usual}; columns: {some(there, 20)}. Choose one with {flag}")
     raise InputError(
-        f"{path}{everywhere}: no obs column {', '.join(candidates[:4])} ... in common; "
+        f"{path} and {count(len(columns) - 1, 'more file')}: {usual} in common; "
         f"columns of the first: {some(there, 20)}. Choose one with {flag}"
     )
 
@@ -576,8 +603,8 @@ def require_control(control: str, labels: Sequence[str], path: Path, column: str
     usual = [x for x in labels if re.search(r"control|ctrl|non.?targ|^nt", x, re.IGNORECASE)]
     hint = f" (did you mean {some(usual)}?)" if usual else did_you_mean(control, labels)
     raise InputError(
-        f"{path}: no cell has the control label {control!r} in obs column {column!r}{hint}; "
-        f"labels: {some(sorted(labels))}. Name it with --control-pert"
+        f"{path}: no cell has the control label {control!r} in obs column {column!r}{hint}. "
+        f"Name it with --control-pert; labels: {some(sorted(labels)) or 'none'}"
     )
 
 
@@ -729,8 +756,10 @@ def load_table(path: Path) -> Table:
     """
     existing_file(path, "embeddings table")
     content = _read_npz(path) if path.suffix.lower() == ".npz" else _read_torch(path)
-    if not isinstance(content, dict) or not content:
+    if not isinstance(content, dict):
         raise InputError(f"{path} holds no {{symbol: vector}} table, but {type(content).__name__}")
+    if not content:
+        raise InputError(f"{path} holds an empty table")
     import torch
 
     wrong = [k for k, v in content.items() if not isinstance(k, str) or not torch.is_tensor(v)]
@@ -749,7 +778,7 @@ def load_table(path: Path) -> Table:
     if len(widths) > 1 or 0 in widths:
         seen = some(f"{w} ({gene!r})" for w, gene in widths.items())
         raise InputError(f"{path}: vectors of different widths: {seen}; one table, one width")
-    _say_conversions(path, content)
+    _check_dtypes(path, content)
     return Table(path, content, next(iter(widths)))
 
 
@@ -767,12 +796,17 @@ def _read_npz(path: Path) -> dict[str, torch.Tensor]:
             f"{path} is no table: expected arrays `genes` (n,) of text and "
             f"`embeddings` (n, width) ({_line(error)})"
         ) from error
-    if genes.dtype.kind not in "US" or (len(genes), 2) != (len(embeddings), embeddings.ndim):
+    shapes_ok = genes.ndim == 1 and embeddings.ndim == 2 and len(genes) == len(embeddings)
+    if not shapes_ok or genes.dtype.kind not in "US" or embeddings.dtype.kind not in "fiu":
         raise InputError(
             f"{path}: expected `genes` (n,) of text and `embeddings` (n, width), found "
             f"{genes.dtype} {genes.shape} and {embeddings.dtype} {embeddings.shape}"
         )
-    return dict(zip(genes.astype(str).tolist(), torch.from_numpy(embeddings), strict=True))
+    table = dict(zip(genes.astype(str).tolist(), torch.from_numpy(embeddings), strict=True))
+    if len(table) < len(genes):
+        repeated = len(genes) - len(table)
+        raise InputError(f"{path}: {count(repeated, 'repeated gene')} in `genes`; keep one each")
+    return table
 
 
 def _read_torch(path: Path) -> Any:
@@ -783,14 +817,15 @@ def _read_torch(path: Path) -> Any:
     import torch
 
     try:
-        return torch.load(
-            path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True
-        )
+        with warnings.catch_warnings(action="ignore"):  # of the pickle protocol; decided below
+            return torch.load(
+                path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True
+            )
     except pickle.UnpicklingError as error:
         raise InputError(
-            f"{path} was refused without running it: it holds pickled Python objects beside "
-            "tensors, and loading those can execute code. Save it again as a plain "
-            "{symbol: torch.Tensor} dict"
+            f"{path} was refused without running it: it is no file of torch.save, or it holds "
+            "pickled Python objects beside tensors, and loading those can execute code. Save it "
+            "again as a plain {symbol: torch.Tensor} dict"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, UnicodeDecodeError) as error:
         raise InputError(
@@ -803,17 +838,18 @@ def _line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _say_conversions(path: Path, content: Mapping[str, torch.Tensor]) -> None:
+def _check_dtypes(path: Path, content: Mapping[str, torch.Tensor]) -> None:
+    """Say what is converted to float32 (width,); refuse what is no real number."""
     import torch
 
     dtypes = {str(v.dtype).removeprefix("torch.") for v in content.values()}
+    if any(v.dtype.is_complex or v.dtype == torch.bool for v in content.values()):
+        raise InputError(f"{path}: {', '.join(sorted(dtypes))} values are no embeddings")
     if dtypes != {"float32"}:
         log.info("%s: %s values are converted to float32", path, " and ".join(sorted(dtypes)))
     rows = sum(v.dim() == 2 for v in content.values())
     if rows:
         log.info("%s: %s of shape (1, width) flattened", path, count(rows, "row"))
-    if any(v.dtype.is_complex or v.dtype == torch.bool for v in content.values()):
-        raise InputError(f"{path}: {', '.join(sorted(dtypes))} values are no embeddings")
 
 
 def arc_table_path(dry_run: bool) -> Path | None:
@@ -829,8 +865,8 @@ def arc_table_path(dry_run: bool) -> Path | None:
 
     cached = huggingface_hub.try_to_load_from_cache(ARC_REPOSITORY, ARC_FILE)
     if not isinstance(cached, str):
-        verb = "would be downloaded" if dry_run else "downloading"
-        log.info(
+        verb = "would download" if dry_run else "downloading"
+        log.warning(
             "%s %s of %s (%.0f MB) into %s. The repository is under the Arc Institute's "
             "non-commercial licence. --esm-embeddings FILE avoids the download",
             *(verb, ARC_FILE, ARC_REPOSITORY, ARC_BYTES / 1e6, HF_HUB_CACHE),
@@ -841,8 +877,9 @@ def arc_table_path(dry_run: bool) -> Path | None:
     found = sha256_of(path)
     if found != ARC_SHA256:
         raise InputError(
-            f"{path} has sha256 {found}, expected {ARC_SHA256}: the download is damaged, or the "
-            "table was replaced. Delete that file to download it again, or pass it with "
+            # resolved: without its link alone the cache would give the same file again
+            f"{path.resolve()} has sha256 {found}, expected {ARC_SHA256}: the download is damaged, "
+            "or the table was replaced. Delete that file to download it again, or pass it with "
             "--esm-embeddings to use it as it is"
         )
     return path
@@ -936,7 +973,11 @@ def read_aliases(pairs: Sequence[tuple[str, str]], path: Path | None) -> dict[st
     aliases = {}
     if path is not None:
         existing_file(path, "aliases file")
-        for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise InputError(f"aliases file {path} is not plain text in UTF-8: {error}") from error
+        for number, line in enumerate(lines, 1):
             fields = re.split(r"[\t,]|\s+", line.split("#", 1)[0].strip())
             if fields == [""]:
                 continue
@@ -1138,13 +1179,14 @@ def build_manifest(
     }
 
 
-def set_aside(path: Path, act: bool = True) -> Path | None:
+def set_aside(path: Path, act: bool) -> None:
     """Keep a file that this script did not write as FILE.orig (.orig.1, ... if that exists).
 
     A hard link, or a copy where links do not work: there is no moment without the file.
+    A dry run (`act` false) only says so.
     """
     if not path.exists() or read_manifest(path) is not None:
-        return None
+        return
     names = [path.name + ".orig", *(f"{path.name}.orig.{n}" for n in range(1, 1000))]
     kept = next(p for p in map(path.with_name, names) if not p.exists())
     if act:
@@ -1154,18 +1196,23 @@ def set_aside(path: Path, act: bool = True) -> Path | None:
             raise
         except OSError:  # no hard links here (FAT, some network and Drive folders)
             shutil.copy2(path, kept)
-    return kept
+    verb = "is kept" if act else "would be kept"
+    log.warning("%s was not written by this script: it %s as %s", path, verb, kept)
 
 
-def write_features(path: Path, features: Mapping[str, torch.Tensor]) -> str:
-    """Save the features whole or not at all and return their sha256.
+def write_features(
+    path: Path, features: Mapping[str, torch.Tensor], manifest: Callable[[str], dict[str, Any]]
+) -> None:
+    """Save the features and their manifest, made from their sha256: both, or neither.
 
     torch.save is given an open file, not a name: the bytes then do not depend on the name.
     """
     import torch
 
-    write_whole(path, lambda f: torch.save(dict(features), f))
-    return sha256_of(path)
+    with staged(path, lambda f: torch.save(dict(features), f)) as new:
+        described = as_json(manifest(sha256_of(new)))
+        with staged(manifest_path(path), lambda f: f.write(described)):
+            set_aside(path, act=True)
 
 
 def write_report(
@@ -1298,6 +1345,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """From labels to the features file, in the order of the data."""
+    if args.output.is_dir():
+        raise InputError(f"--output {args.output} is a folder; give the name of a file in it")
     labels = collect_labels(args)
     tables = open_tables(args)
     if not tables:  # a dry run that would have to download
@@ -1309,7 +1358,7 @@ def run(args: argparse.Namespace) -> int:
     names = dict.fromkeys([*labels.names, labels.control])
     aliases = read_aliases(args.alias, args.aliases)
     resolutions = [resolve_label(n, tables, aliases, labels.control) for n in names]
-    for name in set(dict(args.alias)) - {p.name for r in resolutions for p in r.parts}:
+    for name in sorted(set(dict(args.alias)) - {p.name for r in resolutions for p in r.parts}):
         warn(f"--alias {name}={aliases[name]}: no label {name!r}{did_you_mean(name, names)}")
     if args.report:
         write_report(args.report, resolutions, tables, args)
@@ -1324,16 +1373,12 @@ def run(args: argparse.Namespace) -> int:
         vectors = shuffle_vectors(vectors, args.seed)
     features = build_features(resolutions, vectors, tables[0].width, args)
     log.info("%s", summary(resolutions, labels, tables, args))
-    kept = set_aside(args.output, act=not args.dry_run)
-    if kept:
-        verb = "would be kept" if args.dry_run else "is kept"
-        log.warning("%s was not written by this script: it %s as %s", args.output, verb, kept)
     if args.dry_run:
+        set_aside(args.output, act=False)
         log.info("dry run: %s not written", args.output)
         return 0
-    sha256 = write_features(args.output, features)
-    write_json(
-        manifest_path(args.output), build_manifest(args, labels, tables, resolutions, sha256)
+    write_features(
+        args.output, features, lambda sha: build_manifest(args, labels, tables, resolutions, sha)
     )
     print(args.output)
     return 0

@@ -37,6 +37,7 @@ import argparse
 import contextlib
 import functools
 import importlib.metadata
+import json
 import os
 import platform
 import re
@@ -132,7 +133,8 @@ def quoted(value: Any) -> str:
     if not isinstance(value, (str, Path)):
         return str(value).lower() if isinstance(value, bool) else str(value)
     text = str(value)
-    word = re.fullmatch(r"[A-Za-z_/.][\w/.\-]*", text)
+    text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # else OmegaConf would interpolate
+    word = re.fullmatch(r"[A-Za-z_/][A-Za-z0-9_/.\-]*", text)
     if word and text.lower() not in {"null", "true", "false", "nan", "inf"}:
         return text
     return "'" + re.sub(r"(\\*)'", r"\1\1\\'", re.sub(r"(\\+)$", r"\1\1", text)) + "'"
@@ -156,13 +158,13 @@ def typed_settings(typed: Sequence[str]) -> dict[str, Any]:
         Not an override, or one that this script decides.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import OverrideParseException
+    from hydra.errors import HydraException
 
     found = {}
     for text in typed:
         try:
             override = OverridesParser.create().parse_override(text)
-        except OverrideParseException as error:
+        except HydraException as error:
             raise InputError(
                 f"{text!r} is neither an option nor a Hydra override such as training.lr=0.0001"
             ) from error
@@ -192,7 +194,7 @@ def compose(overrides: Sequence[str]) -> dict[str, Any]:
         return OmegaConf.to_container(cfg, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         reasons = [*str(error.__cause__ or "").splitlines(), *str(error).splitlines()]
-        model = re.search(r"'model/(\w+)'", str(error))
+        model = re.search(r"'model/([^']+)'", str(error))
         if model:
             reasons = [f"no model {model[1]!r}; models: {', '.join(stock_models())}"]
         raise InputError(f"the stock configuration of state says: {reasons[0]}") from error
@@ -316,9 +318,10 @@ def inspect_file(
         type_codes = file["obs"][columns.cell_type]["codes"][:].astype(np.int64)
         unlabelled = int((label_codes < 0).sum())
         if unlabelled:
+            what = f"; cell-load would train them as {labels[-1]!r}" if labels else ""
             found.problems.append(
-                f"{path}: {count(unlabelled, 'cell')} without a label in {columns.pert!r}; "
-                f"cell-load would train them as {labels[-1]!r}. Remove them, or label them"
+                f"{path}: {count(unlabelled, 'cell')} without a label in {columns.pert!r}{what}. "
+                "Remove them, or label them"
             )
         untyped = int((type_codes < 0).sum())
         if untyped:
@@ -363,7 +366,7 @@ def input_width(file: h5py.File, embed_key: str | None, found: Findings) -> int:
     where = f"obsm/{embed_key}" if embed_key else "X"
     node = file.get(where)
     if node is None:
-        there = some(sorted(file["obsm"])) if "obsm" in file else "none"
+        there = some(sorted(file.get("obsm", ()))) or "none"
         raise InputError(f"{file.filename} has no {where}; obsm: {there}. Choose with --embed-key")
     width = int(node.attrs["shape"][1] if "shape" in node.attrs else node.shape[1])
     if embed_key:
@@ -463,6 +466,7 @@ def check_splits(
     experiment: ExperimentConfig,
     files: Sequence[DataFile],
     splits: Mapping[str, Mapping[str, int]],
+    control: str,
     found: Findings,
 ) -> None:
     """Held-out names that hold nothing out, nothing to train on, nothing to validate on."""
@@ -492,39 +496,57 @@ def check_splits(
             'no perturbed cell to train on: name a dataset under [training], e.g. NAME = "train"'
         )
     elif not splits["val"]:
-        found.warnings.append(_no_validation_message(files, splits))
+        found.warnings.append(_no_validation_message(experiment, files, splits, control))
+
+
+def parts_of_cell_types(
+    experiment: ExperimentConfig, files: Sequence[DataFile], control: str
+) -> Iterator[tuple[DataFile, str, dict[str, dict[str, int]]]]:
+    """(file, cell type, its split_cells) of every cell type that cell-load reads."""
+    for f in files:
+        zeroshot = experiment.get_zeroshot_celltypes(f.dataset)
+        held = {**zeroshot, **experiment.get_fewshot_celltypes(f.dataset)}
+        for i, cell_type in enumerate(f.cell_types):
+            if f.cells[i].any() and (cell_type in held or f.dataset in experiment.training):
+                only = replace(f, cell_types=[cell_type], cells=f.cells[i : i + 1])
+                yield f, cell_type, split_cells(experiment, [only], control)
 
 
 def check_subsets(
     experiment: ExperimentConfig, files: Sequence[DataFile], control: str, found: Findings
 ) -> None:
     """Without should_yield_control_cells, cell-load crashes on a part without perturbed cells."""
-    for f in files:
-        for i, cell_type in enumerate(f.cell_types):
-            only = replace(f, cell_types=[cell_type], cells=f.cells[i : i + 1])
-            parts = split_cells(experiment, [only], control)
-            if f.cells[i].sum() and not parts["train"]:
-                found.problems.append(
-                    f"{f.path}: no perturbed cell of {cell_type!r} is left for training, on which "
-                    "cell-load crashes with data.kwargs.should_yield_control_cells=false; leave it "
-                    "true"
-                )
+    for f, cell_type, parts in parts_of_cell_types(experiment, files, control):
+        if not parts["train"]:
+            found.problems.append(
+                f"{f.path}: no perturbed cell of {cell_type!r} is left for training, on which "
+                "cell-load crashes with data.kwargs.should_yield_control_cells=false; leave it true"
+            )
 
 
 def _no_validation_message(
-    files: Sequence[DataFile], splits: Mapping[str, Mapping[str, int]]
+    experiment: ExperimentConfig,
+    files: Sequence[DataFile],
+    splits: Mapping[str, Mapping[str, int]],
+    control: str,
 ) -> str:
-    """Say what follows and what to add, with names from the data."""
+    """Say what follows and what to add: a line that works, with names from the data."""
     if splits["test"]:
         what = "cell-load validates on the test cells, so best.ckpt is chosen on them"
     else:
         what = "nothing is validated and no best.ckpt is chosen"
-    some_labels = [f'"{x}"' for x in list(splits["train"])[:2]]
-    f = next(f for f in files if any(x.strip('"') in f.labels for x in some_labels))
-    cell_type = f.cell_types[int(f.cells.sum(1).argmax())]
+    candidates = [
+        (f"{f.dataset}.{cell_type}", list(parts["train"]))
+        for f, cell_type, parts in parts_of_cell_types(experiment, files, control)
+        if f"{f.dataset}.{cell_type}" not in experiment.zeroshot
+    ]
+    key, labels = max(candidates, key=lambda c: len(c[1]), default=("", []))
+    if len(labels) < 2:
+        return f"no validation cells: {what}. Keep a cell type or some genes back in the TOML"
+    chosen = ", ".join(json.dumps(x, ensure_ascii=False) for x in labels[: min(2, len(labels) - 1)])
     return (
-        f"no validation cells: {what}. Keep some genes back in the TOML, e.g. "
-        f'[fewshot."{f.dataset}.{cell_type}"] val = [{", ".join(some_labels)}]'
+        f"no validation cells: {what}. Keep some genes back: in the TOML, under "
+        f"[fewshot.{json.dumps(key, ensure_ascii=False)}] on a line of its own, val = [{chosen}]"
     )
 
 
@@ -566,7 +588,7 @@ def check_features(path: Path, data: Data | None, found: Findings) -> dict[str, 
     ablation = (manifest or {}).get("ablation")
     return {
         "sha256": sha256_of(path),
-        "width": widths[0][-1],
+        "width": next(iter(features.values())).shape[-1] if widths[0] else 0,
         "labels": len(features),
         "ablation": ablation,
     }
@@ -596,7 +618,8 @@ def _check_zeros(
     control: str,
     found: Findings,
 ) -> None:
-    zeros = [k for k, v in features.items() if k != control and not v.any()]
+    controls = {control, (manifest or {}).get("control")}  # another control is a problem already
+    zeros = [k for k, v in features.items() if k not in controls and not v.any()]
     if not zeros:
         return
     what = (
@@ -710,7 +733,6 @@ class Plan:
     data: Data
     pert_features: Mapping[str, Any]
     step_checkpoints: int | None
-    warnings: Sequence[str]
 
     @property
     def own_features(self) -> Path:
@@ -820,7 +842,7 @@ def inspect_data(
     if files:
         check_genes(files, found)
         check_controls(files, columns.control, found)
-        check_splits(experiment, files, splits, found)
+        check_splits(experiment, files, splits, columns.control, found)
         if not stock["should_yield_control_cells"]:
             check_subsets(experiment, files, columns.control, found)
     return Data(experiment, columns, files, splits)
@@ -840,7 +862,7 @@ def choose_workers(stock: Mapping[str, Any], data: Data) -> int:
     loaders = 2 if data.splits["val"] or data.splits["test"] else 1
     fitting = available_memory() // 2 // (loaders * each)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return int(min(cores or 1, STOCK_MAX_WORKERS, fitting))
+    return int(max(0, min(cores or 1, STOCK_MAX_WORKERS, fitting)))
 
 
 def available_memory() -> int:
@@ -852,8 +874,18 @@ def available_memory() -> int:
     with contextlib.suppress(OSError, ValueError):  # cgroup v2; "max" means no limit
         group = Path("/sys/fs/cgroup")
         limit = int((group / "memory.max").read_text())
-        free = min(free, limit - int((group / "memory.current").read_text()))
+        used = int((group / "memory.current").read_text())
+        cache = re.findall(r"^inactive_file (\d+)", (group / "memory.stat").read_text(), re.M)
+        free = min(free, limit - used + int(cache[0]))  # the file cache gives way when needed
     return free
+
+
+def require_numbers(training: Mapping[str, Any]) -> None:
+    """The options check themselves; an override may hold anything."""
+    for key in ("max_steps", "batch_size", "val_freq", "ckpt_every_n_steps"):
+        value = training.get(key)
+        if not isinstance(value, int) or value < 1:
+            raise InputError(f"training.{key} must be a whole number above 0, got {value!r}")
 
 
 def make_plan(args: argparse.Namespace, run_dir: Path, earlier: Mapping[str, Any] | None) -> Plan:
@@ -873,6 +905,7 @@ def make_plan(args: argparse.Namespace, run_dir: Path, earlier: Mapping[str, Any
     settings, typed = choose_settings(args, earlier)
     asked = settings | typed_settings(typed)
     stock = compose(overrides_of(settings, typed))
+    require_numbers(stock["training"])
     interval = None  # stock has a default here, and ignores it: only an explicit one counts
     if "training.ckpt_every_n_steps" in asked:
         interval = int(stock["training"]["ckpt_every_n_steps"])
@@ -893,6 +926,8 @@ def make_plan(args: argparse.Namespace, run_dir: Path, earlier: Mapping[str, Any
             each = checkpoint_bytes(stock, data.files[0].width, features["width"])
             steps = stock["training"]["max_steps"] // interval if interval else 0
             check_disk(each, steps, run_dir, found)
+    for message in found.warnings:
+        warn(message)
     if found.problems or not data or not features:
         raise one_error(found.problems)
     return Plan(
@@ -905,7 +940,6 @@ def make_plan(args: argparse.Namespace, run_dir: Path, earlier: Mapping[str, Any
         pert_features=features,
         stock=compose(overrides_of(settings, typed)),
         step_checkpoints=interval,
-        warnings=found.warnings,
     )
 
 
@@ -924,19 +958,19 @@ def versions() -> dict[str, str]:
 def identity(plan: Plan) -> dict[str, Any]:
     """What makes two runs the same: settings, features, TOML, data files, versions."""
     stock = {k: v for k, v in flat(plan.stock).items() if k not in MANAGED}
-    data = {str(f.path.absolute()): _size_and_time(f.path) for f in plan.data.files}
     return {
         "settings": stock,
         "features": {"sha256": plan.pert_features["sha256"]},
         "toml": {"sha256": sha256_of(plan.toml)},
-        "data": data,
+        "data": file_states(plan),
         "versions": versions(),
     }
 
 
-def _size_and_time(path: Path) -> str:
-    origin = data_file_origin(path)
-    return f"{origin['size']} bytes, mtime {origin['mtime_ns']} ns"
+def file_states(plan: Plan) -> dict[str, str]:
+    """{data file: its size and time of change}."""
+    origins = (data_file_origin(f.path.absolute()) for f in plan.data.files)
+    return {o["path"]: f"{o['size']} bytes, mtime {o['mtime_ns']} ns" for o in origins}
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
@@ -1227,6 +1261,22 @@ def progress_bar() -> Any:
     return Progress()
 
 
+READ_BEFORE: dict[str, str] = {}
+"""{data file: size and time} of what this process has trained on."""
+
+
+def refuse_changed_files(plan: Plan) -> None:
+    """cell-load keeps obs of a file, by path, for the life of the process (a notebook's, say)."""
+    now = file_states(plan)
+    changed = [path for path, state in now.items() if READ_BEFORE.get(path, state) != state]
+    if changed:
+        raise InputError(
+            f"{some(changed)} changed since this Python first trained on it, and cell-load keeps "
+            "the old labels in memory; restart the notebook kernel, or use !python"
+        )
+    READ_BEFORE.update(now)
+
+
 def train(plan: Plan, outcome: Outcome) -> None:
     """Run the stock training on the plan; its prints go to train.log in the run directory.
 
@@ -1244,6 +1294,7 @@ def train(plan: Plan, outcome: Outcome) -> None:
     from omegaconf import OmegaConf
     from state._cli import run_tx_train
 
+    refuse_changed_files(plan)
     callbacks = [
         LambdaCallback(
             on_fit_start=keep_last_name,
@@ -1291,12 +1342,12 @@ def describe(plan: Plan) -> str:
     c = plan.data.columns
     unseen = set(plan.data.splits["test"]) - set(plan.data.splits["train"])
     settings = plan.stock["training"]
+    model = typed_settings(plan.typed).get("model", plan.settings["model"])
     rows = [
         ("run", plan.run_dir),
         (
             "model",
-            f"{plan.settings['model']}, {settings['max_steps']:,} steps of "
-            f"{settings['batch_size']} cell sets",
+            f"{model}, {settings['max_steps']:,} steps of {settings['batch_size']} cell sets",
         ),
         (
             "data",
@@ -1326,18 +1377,28 @@ def infer_command(plan: Plan) -> str:
     return shlex.join(map(str, [*words, "--output", "prediction.h5ad"]))
 
 
-def repeat_hash_seed(experiment: ExperimentConfig, from_command_line: bool) -> None:
-    """With two or more datasets, start again once under a fixed hash seed.
+def announce_ablation(features: Path) -> None:
+    """Say before everything else that the features are not real."""
+    ablation = (read_manifest(features) or {}).get("ablation") if features.is_file() else None
+    if ablation:
+        log.warning("ABLATION: %s, seed %s: not real features", ablation["kind"], ablation["seed"])
+
+
+def repeat_hash_seed(experiment: ExperimentConfig, from_command_line: bool) -> str | None:
+    """With two or more datasets, start again once under a fixed hash seed, or return a warning.
 
     cell-load walks a set of dataset names, so their order, and with it which cells come when,
     follows Python's hash seed, which is random unless PYTHONHASHSEED is set before the start.
     """
-    if len(experiment.get_all_datasets()) < 2 or os.environ.get("PYTHONHASHSEED"):
-        return
+    fixed = os.environ.get("PYTHONHASHSEED", "") not in ("", "random")
+    if fixed or experiment_problems(experiment):
+        return None
+    if len(experiment.get_all_datasets()) < 2:
+        return None
     if from_command_line:
         os.environ["PYTHONHASHSEED"] = "0"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-    warn(
+    return (
         "two or more datasets, and PYTHONHASHSEED was not set when this Python was started: the "
         "order of the data, and so the result, will differ from run to run. From a notebook, run "
         "the script with !python instead"
@@ -1375,7 +1436,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("run").add_argument
     add("--output-dir", type=Path, default=Path("runs"), metavar="DIR", help="(default: runs)")
-    add("--name", metavar="NAME", help="(default: the TOML's name and the model)")
+    add("--name", type=run_name, metavar="NAME", help="(default: the TOML's name and the model)")
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--resume", action="store_true", help="go on with the run of this name")
     either.add_argument("--overwrite", action="store_true", help="train anew under this name")
@@ -1395,6 +1456,13 @@ BATCH_COLUMNS_HELP = ", ".join(BATCH_COLUMNS)
 WORKERS_HELP = "loader processes (default: auto, from cores and memory; kept on resume)"
 
 
+def run_name(text: str) -> str:
+    """One folder name."""
+    if text in ("", ".", "..") or "/" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is not the name of a folder; see --output-dir")
+    return text
+
+
 def positive(text: str) -> int:
     """A whole number above zero."""
     number = int(text)
@@ -1407,7 +1475,7 @@ def workers(text: str) -> int | str:
     """'auto' or a whole number, 0 included."""
     if text == "auto":
         return text
-    if not text.isdigit():
+    if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"expected auto or a number, got {text!r}")
     return int(text)
 
@@ -1460,16 +1528,15 @@ def start(
 
 def run(args: argparse.Namespace, from_command_line: bool) -> int:
     """From the TOML to a trained model, in the order of the work."""
-    repeat_hash_seed(load_experiment(args.config), from_command_line)
-    name = args.name or f"{args.config.stem}_{args.model or 'state_sm'}"
+    unrepeatable = repeat_hash_seed(load_experiment(args.config), from_command_line)
+    announce_ablation(args.pert_features)  # only now: a fixed hash seed starts the script anew
+    if unrepeatable:
+        warn(unrepeatable)
+    model = typed_settings(args.overrides).get("model") or args.model or "state_sm"
+    name = args.name or f"{args.config.stem}_{model}"
     run_dir = args.output_dir.absolute() / name
     earlier = earlier_run(run_dir)
     plan = make_plan(args, run_dir, earlier if args.resume else None)
-    ablation = plan.pert_features["ablation"]
-    if ablation:
-        log.warning("ABLATION: %s, seed %s: not real features", ablation["kind"], ablation["seed"])
-    for message in plan.warnings:
-        warn(message)
     log.info("%s", describe(plan))
     how = decide(plan, earlier, args)
     if args.dry_run:

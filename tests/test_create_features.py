@@ -1,0 +1,902 @@
+"""What create_esm_pert_features.py writes: the vectors, the contract, the manifest, whole files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, Result, run_script
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from create_esm_pert_features import (
+    InputError,
+    __version__,
+    build_parser,
+    read_manifest,
+    shuffle_vectors,
+)
+
+Create = Callable[..., Result]
+CONTROL = "non-targeting"
+A, B, C = [1.0, 2.0, 3.0], [10.0, 20.0, 30.0], [-1.0, 0.5, 4.0]
+ZERO = [0.0, 0.0, 0.0]
+IN_TABLE = ("--esm-embeddings", "table.pt")
+OUT = ("--output", "o.pt")
+HINT = (
+    "Add a table that has them with --esm-embeddings, rename with --alias OLD=NEW, see all with "
+    "--report FILE.tsv --dry-run, or accept with --missing mean"
+)
+
+
+def write_table(path: Path, **genes: list[float]) -> None:
+    torch.save({k: torch.tensor(v) for k, v in genes.items()}, path)
+
+
+def read(path: Path) -> dict[str, list[float]]:
+    return {k: v.tolist() for k, v in torch.load(path, weights_only=True).items()}
+
+
+def manifest(path: Path) -> dict[str, object]:
+    return json.loads(path.with_name(path.name + ".json").read_text())
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder with its content: what was there before and is there after."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def labels(tmp_path: Path) -> Callable[..., tuple[str, ...]]:
+    """Write tmp_path/table.pt with genes A, B, C, and a gene list; returns the arguments."""
+    write_table(tmp_path / "table.pt", A=A, B=B, C=C)
+
+    def write(*names: str) -> tuple[str, ...]:
+        (tmp_path / "g.txt").write_text("\n".join(names) + "\n")
+        return ("--gene-list", "g.txt", *IN_TABLE, *OUT, "--quiet")
+
+    return write
+
+
+# --- lookup -------------------------------------------------------------------------------------
+
+
+def test_each_label_gets_its_vector_and_the_control_gets_zeros(
+    tmp_path: Path, create: Create, labels: Callable[..., tuple[str, ...]]
+) -> None:
+    assert create(*labels("C", "A")) == Result(0, "o.pt\n", "")
+    assert read(tmp_path / "o.pt") == {"C": C, "A": A, CONTROL: ZERO}
+
+
+def test_the_control_is_zero_even_where_the_table_has_a_vector_for_it(
+    tmp_path: Path, create: Create
+) -> None:
+    torch.save({"A": torch.tensor(A), CONTROL: torch.tensor(B)}, tmp_path / "table.pt")
+    assert create("--all-genes", *IN_TABLE, *OUT).code == 0
+    assert read(tmp_path / "o.pt") == {"A": A, CONTROL: ZERO}
+
+
+def test_of_several_tables_the_first_that_has_a_gene_wins(tmp_path: Path, create: Create) -> None:
+    write_table(tmp_path / "one.pt", A=A)
+    np.savez(tmp_path / "two.npz", genes=np.array(["A", "B"]), embeddings=np.array([C, B]))
+    write_table(tmp_path / "three.pt", B=A, C=C)
+    (tmp_path / "g.txt").write_text("A\nB\nC\n")
+    tables = [("--esm-embeddings", t) for t in ("one.pt", "two.npz", "three.pt")]
+    assert create("--gene-list", "g.txt", *sum(tables, ()), *OUT) == Result(
+        0,
+        "o.pt\n",
+        "two.npz: float64 values are converted to float32\n"
+        "labels    4 (1 control, 3 exact)\n"
+        "from      g.txt (3 labels)\n"
+        "source    one.pt (1 gene x 3)\n"
+        "source    two.npz (2 genes x 3)\n"
+        "source    three.pt (2 genes x 3)\n",
+    )
+    assert read(tmp_path / "o.pt") == {"A": A, "B": B, "C": C, CONTROL: ZERO}
+    found = manifest(tmp_path / "o.pt")["labels"]
+    assert [found[gene]["source"] for gene in "ABC"] == [0, 1, 2]
+
+
+def test_lookup_is_exact(tmp_path: Path, create: Create) -> None:
+    write_table(tmp_path / "table.pt", TP53=A, MYC=B)
+    (tmp_path / "g.txt").write_text("tp53\nMYC\n")
+    assert create("--gene-list", "g.txt", *IN_TABLE, *OUT, "--quiet") == Result(
+        1, "", f"error: 1 of 2 labels have no embedding (tp53): 'tp53' is in no table. {HINT}\n"
+    )
+
+
+# --- combinations -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("label", "how", "expected"),
+    [
+        ("A+B", "sum", [11.0, 22.0, 33.0]),
+        ("A+B", "mean", [5.5, 11.0, 16.5]),
+        ("B+A", "sum", [11.0, 22.0, 33.0]),
+        ("A+B+C", "sum", [10.0, 22.5, 37.0]),
+        ("A+A", "sum", [2.0, 4.0, 6.0]),
+        ("A+A", "mean", A),
+        (f"A+{CONTROL}", "sum", A),
+        (f"A+{CONTROL}", "mean", A),
+        (f"{CONTROL}+B", "sum", B),
+        (f"A+{CONTROL}+B", "mean", [5.5, 11.0, 16.5]),
+    ],
+)
+def test_a_combination_is_the_sum_or_mean_of_its_genes_and_the_control_adds_nothing(
+    tmp_path: Path,
+    create: Create,
+    labels: Callable[..., tuple[str, ...]],
+    label: str,
+    how: str,
+    expected: list[float],
+) -> None:
+    assert create(*labels(label), "--combine", how) == Result(0, "o.pt\n", "")
+    assert read(tmp_path / "o.pt") == {label: expected, CONTROL: ZERO}
+    assert manifest(tmp_path / "o.pt")["policy"]["combine"] == how
+    assert manifest(tmp_path / "o.pt")["labels"][label]["how"] == "combination"
+
+
+def test_a_combination_is_a_sum_unless_told(
+    tmp_path: Path, create: Create, labels: Callable[..., tuple[str, ...]]
+) -> None:
+    assert create(*labels("A+B")).code == 0
+    assert read(tmp_path / "o.pt")["A+B"] == [11.0, 22.0, 33.0]
+
+
+def test_a_label_with_a_plus_that_the_table_has_is_one_gene(tmp_path: Path, create: Create) -> None:
+    torch.save({"A": torch.tensor(A), "A+B": torch.tensor(C)}, tmp_path / "table.pt")
+    assert create("--all-genes", *IN_TABLE, *OUT).code == 0
+    assert read(tmp_path / "o.pt") == {"A": A, "A+B": C, CONTROL: ZERO}
+
+
+@pytest.mark.parametrize(
+    ("label", "reason", "mean"),
+    [
+        (f"{CONTROL}+{CONTROL}", "every part of the combination is the control", A),
+        ("A+", "empty label or part", [2.0, 4.0, 6.0]),
+        ("+A", "empty label or part", [2.0, 4.0, 6.0]),
+        ("A+NONE", "'NONE' is in no table", [2.0, 4.0, 6.0]),
+        ("NO+NONE", "'NO' is in no table; 'NONE' is in no table", [2.0, 4.0, 6.0]),
+        ("NONE", "'NONE' is in no table", A),
+        (f"NONE+{CONTROL}", "'NONE' is in no table", A),
+    ],
+)
+def test_a_label_with_a_part_that_has_no_vector_is_missing(
+    tmp_path: Path,
+    create: Create,
+    labels: Callable[..., tuple[str, ...]],
+    label: str,
+    reason: str,
+    mean: list[float],
+) -> None:
+    arguments = labels("A", label)
+    message = f"error: 1 of 2 labels have no embedding ({label}): {reason}. {HINT}\n"
+    before = files(tmp_path)
+    assert create(*arguments) == Result(1, "", message)
+    assert files(tmp_path) == before
+
+    assert create(*arguments, "--missing", "mean").code == 0
+    assert read(tmp_path / "o.pt") == {"A": A, label: mean, CONTROL: ZERO}
+    assert manifest(tmp_path / "o.pt")["missing"] == {label: reason}
+
+    assert create(*arguments, "--missing", "zero").code == 0
+    found = read(tmp_path / "o.pt")[label]
+    assert found == (A if "A" in label else ZERO)
+
+
+# --- aliases ------------------------------------------------------------------------------------
+
+
+def test_aliases_are_looked_up_under_their_new_name_and_kept_under_the_old(
+    tmp_path: Path, create: Create, labels: Callable[..., tuple[str, ...]]
+) -> None:
+    arguments = labels("OLD", "A", "OLD+B", "WHOLE+NAME", "INFILE", "BOTH")
+    (tmp_path / "aliases.tsv").write_bytes(
+        b"\xef\xbb\xbf# old new\r\nINFILE\tB\r\n\r\nBOTH C # see below\r\nA,B\r\n"
+    )
+    done = create(
+        *(*arguments, "--aliases", "aliases.tsv", "--alias", "OLD=C"),
+        *("--alias", "WHOLE+NAME=A", "--alias", "BOTH=A"),
+    )
+    assert done == Result(0, "o.pt\n", "")
+    assert read(tmp_path / "o.pt") == {
+        "OLD": C,
+        "A": B,  # an alias is stronger than the table's own key
+        "OLD+B": [9.0, 20.5, 34.0],
+        "WHOLE+NAME": A,
+        "INFILE": B,
+        "BOTH": A,  # --alias is stronger than --aliases
+        CONTROL: ZERO,
+    }
+    records = manifest(tmp_path / "o.pt")["labels"]
+    assert records["OLD"] == {"how": "alias", "gene": "C", "source": 0}
+    assert records["OLD+B"]["parts"] == [
+        {"name": "OLD", "how": "alias", "gene": "C", "source": 0},
+        {"name": "B", "how": "exact", "gene": "B", "source": 0},
+    ]
+
+
+def test_an_alias_to_a_gene_that_is_in_no_table_is_named(
+    create: Create, labels: Callable[..., tuple[str, ...]]
+) -> None:
+    assert create(*labels("A", "OLD"), "--alias", "OLD=NEW") == Result(
+        1,
+        "",
+        "error: 1 of 2 labels have no embedding (OLD): 'NEW' (alias of 'OLD') is in no table. "
+        f"{HINT}\n",
+    )
+
+
+def test_an_alias_that_no_label_uses_is_a_warning(
+    create: Create, labels: Callable[..., tuple[str, ...]]
+) -> None:
+    assert create(*labels("ALPHA"), "--alias", "ALPHB=B", "--alias", "ALPHA=A") == Result(
+        0, "o.pt\n", "warning: --alias ALPHB=B: no label 'ALPHB' (did you mean ALPHA?)\n"
+    )
+
+
+@pytest.mark.parametrize("text", ["AB", "A=", "=B"])
+def test_an_alias_that_is_no_pair_is_a_usage_error(
+    create: Create, labels: Callable[..., tuple[str, ...]], text: str
+) -> None:
+    done = create(*labels("A"), "--alias", text)
+    assert done == Result(
+        2,
+        "",
+        build_parser().format_usage()
+        + f"create_esm_pert_features.py: error: argument --alias: expected OLD=NEW, got {text!r}\n",
+    )
+
+
+# --- missing ------------------------------------------------------------------------------------
+
+
+def test_missing_labels_are_refused_and_the_first_five_are_named(
+    tmp_path: Path, create: Create, labels: Callable[..., tuple[str, ...]]
+) -> None:
+    arguments = labels("A", "B", *(f"NONE{i}" for i in range(1, 8)))
+    before = files(tmp_path)
+    assert create(*arguments) == Result(
+        1,
+        "",
+        "error: 7 of 9 labels have no embedding (NONE1, NONE2, NONE3, NONE4, NONE5, ...). "
+        f"{HINT}\n",
+    )
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("policy", "filler", "words"),
+    [
+        ("mean", [(1 + 10) / 2, (2 + 20) / 2, (3 + 30) / 2], "the mean vector"),
+        ("zero", ZERO, "zeros, as if they were control"),
+    ],
+)
+def test_missing_labels_are_filled_as_told_and_that_is_said(
+    tmp_path: Path,
+    create: Create,
+    labels: Callable[..., tuple[str, ...]],
+    policy: str,
+    filler: list[float],
+    words: str,
+) -> None:
+    # C is in the table but not in use: it does not count for the mean
+    done = create(*labels("A", "B", "NO", "B+NONE"), "--missing", policy)
+    assert done == Result(
+        0, "o.pt\n", f"warning: 2 of 4 labels missing (NO, B+NONE): filled with {words}\n"
+    )
+    both = [b + f for b, f in zip(B, filler, strict=True)]
+    expected = {"A": A, "B": B, "NO": filler, "B+NONE": both, CONTROL: ZERO}
+    assert read(tmp_path / "o.pt") == expected
+    written = manifest(tmp_path / "o.pt")
+    assert written["policy"] == {"missing": policy, "combine": "sum", "separator": "+"}
+    assert written["missing"] == {"NO": "'NO' is in no table", "B+NONE": "'NONE' is in no table"}
+    assert written["labels"]["NO"] == {"how": policy}
+    assert written["labels"]["B+NONE"] == {
+        "how": "combination",
+        "parts": [
+            {"name": "B", "how": "exact", "gene": "B", "source": 0},
+            {"name": "NONE", "how": policy},
+        ],
+    }
+
+
+@pytest.mark.parametrize("policy", ["error", "mean", "zero"])
+def test_a_table_of_other_names_is_an_error_whatever_missing_says(
+    tmp_path: Path, create: Create, labels: Callable[..., tuple[str, ...]], policy: str
+) -> None:
+    arguments = labels("Trp53", "Myc")
+    before = files(tmp_path)
+    done = create(*arguments, "--missing", policy)
+    if policy == "error":
+        message = f"error: 2 of 2 labels have no embedding (Trp53, Myc). {HINT}\n"
+    else:
+        words = {"mean": "the mean vector", "zero": "zeros, as if they were control"}[policy]
+        message = (
+            f"warning: 2 of 2 labels missing (Trp53, Myc): filled with {words}\n"
+            "error: none of the 2 labels is in a table: other species or naming? labels: Trp53, "
+            f"Myc, {CONTROL}; table: A, B, C\n"
+        )
+    assert done == Result(1, "", message)
+    assert files(tmp_path) == before
+
+
+def test_the_report_tells_of_each_label_even_if_labels_are_missing(
+    tmp_path: Path, create: Create, labels: Callable[..., tuple[str, ...]]
+) -> None:
+    arguments = labels("A", "OLD", f"A+{CONTROL}", "A+NONE")
+    done = create(*arguments, "--alias", "OLD=C", "--report", "r.tsv")
+    assert done.code == 1
+    head = (
+        "label\thow\tgenes\tsource\treason\nA\texact\tA\ttable.pt\t\nOLD\talias\tC\ttable.pt\t\n"
+        f"A+{CONTROL}\tcombination\tA+{CONTROL}\ttable.pt\t\n"
+    )
+    reason = "'NONE' is in no table"
+    tail = f"{CONTROL}\tcontrol\t{CONTROL}\t\t\n"
+    assert (tmp_path / "r.tsv").read_text() == (
+        f"{head}A+NONE\tmissing\tA+NONE\ttable.pt\t{reason}\n{tail}"
+    )
+    done = create(*arguments, "--alias", "OLD=C", "--report", "r.tsv", "--missing", "mean")
+    assert done.code == 0
+    assert (tmp_path / "r.tsv").read_text() == (
+        f"{head}A+NONE\tcombination\tA+NONE\ttable.pt\t{reason}\n{tail}"
+    )
+
+
+# --- shuffle ------------------------------------------------------------------------------------
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    values=st.lists(st.integers(1, 6), min_size=1, max_size=20),
+    seed=st.integers(0, 2**32 - 1),
+    order=st.randoms(use_true_random=False),
+)
+def test_shuffling_moves_every_vector_to_a_gene_that_had_another(
+    values: list[int], seed: int, order: object
+) -> None:
+    vectors = {f"G{i}": torch.tensor([float(v), 1.0]) for i, v in enumerate(values)}
+    most = max(values.count(v) for v in values)
+    if 2 * most > len(values):
+        with pytest.raises(InputError) as error:
+            shuffle_vectors(vectors, seed)
+        assert str(error.value) == (
+            "--ablation shuffle needs genes with different vectors: "
+            f"{most} of {len(values)} are identical, so some gene would keep its own"
+        )
+        return
+    shuffled = shuffle_vectors(vectors, seed)
+    assert set(shuffled) == set(vectors)
+    assert all(shuffled[g].tolist() != vectors[g].tolist() for g in vectors)
+    assert sorted(v.tolist() for v in shuffled.values()) == sorted(
+        v.tolist() for v in vectors.values()
+    )
+    items = list(vectors.items())
+    order.shuffle(items)  # type: ignore[attr-defined]
+    again = shuffle_vectors(dict(items), seed)
+    assert {g: v.tolist() for g, v in again.items()} == {g: v.tolist() for g, v in shuffled.items()}
+
+
+def test_another_seed_shuffles_otherwise() -> None:
+    vectors = {f"G{i}": torch.tensor([float(i)]) for i in range(1, 50)}
+    drawn = {
+        tuple(shuffle_vectors(vectors, seed)[g].item() for g in sorted(vectors))
+        for seed in range(20)
+    }
+    assert len(drawn) == 20
+
+
+def test_shuffle_keeps_keys_and_vectors_and_combinations_follow_their_parts(
+    project: Path, create: Create
+) -> None:
+    arguments = ("--from-toml", "config.toml", *IN_TABLE, "--quiet")
+    assert create(*arguments, "--output", "plain.pt").code == 0
+    assert create(*arguments, "--output", "o.pt", "--ablation", "shuffle", "--seed", "7").code == 0
+    plain, shuffled = read(project / "plain.pt"), read(project / "o.pt")
+    assert list(shuffled) == list(plain)
+    genes = [k for k in plain if k not in (CONTROL, "SIM000+SIM001")]
+    assert all(shuffled[g] != plain[g] for g in genes)
+    assert sorted(shuffled[g] for g in genes) == sorted(plain[g] for g in genes)
+    a, b = (torch.tensor(shuffled[g]) for g in ("SIM000", "SIM001"))
+    assert shuffled["SIM000+SIM001"] == (a + b).tolist() != plain["SIM000+SIM001"]
+    assert not any(shuffled[CONTROL])
+    assert manifest(project / "o.pt")["ablation"] == {"kind": "shuffle", "seed": 7}
+    assert manifest(project / "plain.pt")["ablation"] is None
+    assert manifest(project / "o.pt")["labels"] == manifest(project / "plain.pt")["labels"]
+
+
+def test_shuffle_is_said_and_its_seed_is_42_unless_told(
+    tmp_path: Path, create: Create, labels: Callable[..., tuple[str, ...]]
+) -> None:
+    arguments = [a for a in labels("A", "B", "C") if a != "--quiet"]
+    assert create(*arguments, "--ablation", "shuffle").err == (
+        "labels    4 (1 control, 3 exact)\n"
+        "from      g.txt (3 labels)\n"
+        "source    table.pt (3 genes x 3)\n"
+        "ablation  shuffle, seed 42: no gene has its own vector\n"
+    )
+    assert manifest(tmp_path / "o.pt")["ablation"] == {"kind": "shuffle", "seed": 42}
+
+
+def test_shuffle_of_identical_vectors_is_refused(tmp_path: Path, create: Create) -> None:
+    write_table(tmp_path / "table.pt", A=A, B=A, C=B)
+    assert create("--all-genes", *IN_TABLE, *OUT, "--ablation", "shuffle", "--quiet") == Result(
+        1,
+        "",
+        "error: --ablation shuffle needs genes with different vectors: 2 of 3 are identical, so "
+        "some gene would keep its own\n",
+    )
+    assert list(files(tmp_path)) == ["table.pt"]
+
+
+# --- the contract -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["rows of one matrix", "rows (1, width)", "float64", "npz"])
+def test_every_vector_is_float32_one_dimensional_and_owns_its_storage(
+    tmp_path: Path, create: Create, kind: str
+) -> None:
+    matrix = torch.tensor([A, B, C, ZERO])
+    if kind == "npz":
+        table = tmp_path / "table.npz"
+        np.savez(table, genes=np.array(list("ABC")), embeddings=matrix[:3].numpy())
+    else:
+        table = tmp_path / "table.pt"
+        matrix = matrix.double() if kind == "float64" else matrix
+        rows = [matrix[i : i + 1] if "(1" in kind else matrix[i] for i in range(3)]
+        torch.save(dict(zip("ABC", rows, strict=True)), table)
+    names = ["A", "B", "SAME", "A+B", f"A+{CONTROL}", "MISSING1", "MISSING2"]
+    names += [f"{CONTROL}+{CONTROL}", f"{CONTROL}+{CONTROL}+{CONTROL}"]
+    (tmp_path / "g.txt").write_text("\n".join(names))
+    arguments = ("--gene-list", "g.txt", "--esm-embeddings", table, *OUT)
+    assert create(*arguments, "--missing", "mean", "--alias", "SAME=A").code == 0
+    features = torch.load(tmp_path / "o.pt", weights_only=True)
+    assert type(features) is dict
+    assert list(features) == [*names, CONTROL]
+    for vector in features.values():
+        assert vector.dtype == torch.float32 and vector.shape == (3,) and vector.is_contiguous()
+        assert vector.device.type == "cpu" and not vector.requires_grad
+        assert vector.untyped_storage().nbytes() == 4 * 3
+        assert torch.isfinite(vector).all()
+    assert len({v.untyped_storage().data_ptr() for v in features.values()}) == len(features)
+    zero = [label for label, vector in features.items() if not vector.any()]
+    assert zero == [CONTROL]
+
+
+def test_same_inputs_give_the_same_bytes_whatever_the_name_or_hash_seed(project: Path) -> None:
+    (project / "two.toml").write_text(
+        '[datasets]\nsim = "screen.h5ad"\nagain = "./screen.h5ad"\nmore = "{screen}.h5ad"\n'
+        '[training]\nmore = "train"\nsim = "train"\n[zeroshot]\n"again.simB" = "test"\n'
+        '[fewshot."sim.simA"]\nval = ["TYPO1", "TYPO2", "SIM003"]\n'
+    )
+    runs = []
+    for name, hash_seed in (("a.pt", "0"), ("elsewhere/long_name.pt", "1"), ("c.bin", "2")):
+        done = run_script(
+            *("create_esm_pert_features", "--from-toml", "two.toml", *IN_TABLE, "--output", name),
+            *("--alias", "NOT1=A", "--alias", "NOT2=B", "--alias", "NOT3=B", "--missing", "mean"),
+            *("--ablation", "shuffle"),
+            cwd=project,
+            env={**os.environ, "PYTHONHASHSEED": hash_seed},
+        )
+        assert (done.code, done.out) == (0, f"{name}\n"), done.err
+        written = manifest(project / name)
+        written.pop("command")
+        text = (project / f"{name}.json").read_text()
+        runs.append((done.err, (project / name).read_bytes(), written, list(json.loads(text))))
+    assert runs[0] == runs[1] == runs[2]
+
+
+def test_the_same_command_gives_the_same_manifest_later(project: Path, create: Create) -> None:
+    arguments = ("--from-toml", "config.toml", *IN_TABLE, *OUT)
+    assert create(*arguments).code == 0
+    first = files(project)
+    time.sleep(1.1)
+    assert create(*arguments).code == 0
+    assert files(project) == first
+
+
+def test_the_manifest_says_where_every_vector_comes_from(project: Path, create: Create) -> None:
+    (project / "g.txt").write_text(f"OLD\nSIM000+{CONTROL}\n")
+    arguments = (
+        *("--from-toml", "config.toml", "--gene-list", "g.txt", *IN_TABLE, *OUT),
+        *("--alias", "OLD=SIM009"),
+    )
+    assert create(*arguments).code == 0
+    sha256 = {n: hashlib.sha256(b).hexdigest() for n, b in files(project).items()}
+    screen = (project / "screen.h5ad").stat()
+    exact = {f"SIM{i:03d}": {"how": "exact", "gene": f"SIM{i:03d}", "source": 0} for i in range(10)}
+
+    def part(name: str) -> dict[str, object]:
+        return {"name": name, **exact[name]}
+
+    both = {"how": "combination", "parts": [part("SIM000"), part("SIM001")]}
+    with_control = [part("SIM000"), {"name": CONTROL, "how": "control"}]
+    expected = {
+        "format": 1,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "create_esm_pert_features": __version__,
+        },
+        "command": list(arguments),
+        "control": CONTROL,
+        "width": 8,
+        "features_sha256": sha256["o.pt"],
+        "inputs": [
+            {
+                "path": "screen.h5ad",
+                "kind": "adata",
+                "size": screen.st_size,
+                "mtime_ns": screen.st_mtime_ns,
+                "labels": 12,
+            },
+            {"path": "config.toml", "kind": "toml", "sha256": sha256["config.toml"], "labels": 2},
+            {"path": "g.txt", "kind": "gene-list", "sha256": sha256["g.txt"], "labels": 2},
+        ],
+        "sources": [
+            {"kind": "table", "path": "table.pt", "sha256": sha256["table.pt"], "genes": 50}
+        ],
+        "policy": {"missing": "error", "combine": "sum", "separator": "+"},
+        "ablation": None,
+        "labels": {
+            "SIM000": exact["SIM000"],
+            "SIM000+SIM001": both,
+            **exact,
+            CONTROL: {"how": "control"},
+            "OLD": {"how": "alias", "gene": "SIM009", "source": 0},
+            f"SIM000+{CONTROL}": {"how": "combination", "parts": with_control},
+        },
+        "missing": {},
+    }
+    written = manifest(project / "o.pt")
+    assert written == expected
+    assert list(written) == list(expected)
+    assert list(written["labels"]) == list(expected["labels"]) == list(read(project / "o.pt"))
+    assert read_manifest(project / "o.pt") == expected
+
+
+def test_files_are_as_readable_as_any_other_file_of_the_user(
+    tmp_path: Path, create: Create, labels: Callable[..., tuple[str, ...]]
+) -> None:
+    before = os.umask(0o027)
+    try:
+        assert create(*labels("A")).code == 0
+    finally:
+        os.umask(before)
+    for name in ("o.pt", "o.pt.json"):
+        assert (tmp_path / name).stat().st_mode & 0o777 == 0o640
+
+
+# --- the command line ---------------------------------------------------------------------------
+
+
+def test_stdout_holds_the_output_path_and_nothing_else(project: Path) -> None:
+    done = run_script(
+        *("create_esm_pert_features", "--from-toml", "config.toml", *IN_TABLE),
+        *("--output", "deep/er/o.pt"),
+        cwd=project,
+    )
+    assert done == Result(
+        0,
+        "deep/er/o.pt\n",
+        "labels    12 (1 combination, 1 control, 10 exact)\n"
+        "from      screen.h5ad (12 labels)\n"
+        "from      config.toml (2 labels)\n"
+        "source    table.pt (50 genes x 8)\n",
+    )
+    assert sorted(p.name for p in (project / "deep/er").iterdir()) == ["o.pt", "o.pt.json"]
+
+
+def test_quiet_prints_the_output_path_only(project: Path, create: Create) -> None:
+    arguments = ("--from-toml", "config.toml", *IN_TABLE, *OUT, "--quiet")
+    assert create(*arguments) == Result(0, "o.pt\n", "")
+
+
+def test_a_dry_run_resolves_and_writes_nothing(project: Path, create: Create) -> None:
+    before = files(project)
+    done = create("--from-toml", "config.toml", *IN_TABLE, "--output", "new/o.pt", "--dry-run")
+    assert done == Result(
+        0,
+        "",
+        "labels    12 (1 combination, 1 control, 10 exact)\n"
+        "from      screen.h5ad (12 labels)\n"
+        "from      config.toml (2 labels)\n"
+        "source    table.pt (50 genes x 8)\n"
+        "dry run: new/o.pt not written\n",
+    )
+    assert files(project) == before and not (project / "new").exists()
+
+
+def test_a_dry_run_fails_where_the_run_would(
+    create: Create, labels: Callable[..., tuple[str, ...]]
+) -> None:
+    arguments = labels("A", "NONE")
+    assert create(*arguments, "--dry-run") == create(*arguments)
+    assert create(*arguments, "--dry-run").code == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((*IN_TABLE, *OUT), "no labels: give --from-toml, --gene-list, --adata or --all-genes"),
+        (("--all-genes", *IN_TABLE), "--output FILE is required"),
+        (("--all", *IN_TABLE, *OUT), "unrecognized arguments: --all"),
+        (("--gene", "g.txt", *IN_TABLE, *OUT), "unrecognized arguments: --gene g.txt"),
+        (("--all-genes", "--out", "o.pt"), "unrecognized arguments: --out o.pt"),
+        (("--all-genes", *OUT, "--seed", "x"), "argument --seed: invalid int value: 'x'"),
+    ],
+)
+def test_wrong_usage_exits_2(
+    tmp_path: Path, create: Create, arguments: tuple[str, ...], message: str
+) -> None:
+    assert create(*arguments) == Result(
+        2,
+        "",
+        f"{build_parser().format_usage()}create_esm_pert_features.py: error: {message}\n",
+    )
+    assert not files(tmp_path)
+
+
+def test_help_and_version_import_nothing_heavy(tmp_path: Path) -> None:
+    code = (
+        "import sys, create_esm_pert_features as script\n"
+        "try: script.main([sys.argv[1]])\n"
+        "except SystemExit as stop: assert not stop.code\n"
+        "print(sorted({m.split('.')[0] for m in sys.modules} & set(sys.argv[2:])), file=sys.stderr)"
+    )
+    heavy = ["torch", "h5py", "cell_load", "numpy", "pandas", "anndata", "huggingface_hub", "toml"]
+    for flag, start in (("--help", "usage: create_esm_pert_features.py "), ("--version", "0.1.0")):
+        done = subprocess.run(
+            [sys.executable, "-c", code, flag, *heavy],
+            **{"cwd": tmp_path, "capture_output": True, "text": True},
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+        assert (done.returncode, done.stderr) == (0, "[]\n")
+        assert done.stdout.startswith(start)
+
+
+# --- setting aside ------------------------------------------------------------------------------
+
+
+def test_a_file_that_is_not_ours_is_kept_as_orig_and_that_is_said(
+    tmp_path: Path, create: Create, labels: Callable[..., tuple[str, ...]]
+) -> None:
+    arguments = labels("A")
+    (tmp_path / "o.pt").write_bytes(b"official")
+    said = "o.pt was not written by this script: it {} as o.pt.orig{}\n"
+    before = files(tmp_path)
+    assert create(*arguments, "--dry-run") == Result(0, "", said.format("would be kept", ""))
+    assert files(tmp_path) == before
+
+    assert create(*arguments) == Result(0, "o.pt\n", said.format("is kept", ""))
+    assert files(tmp_path).keys() == before.keys() | {"o.pt.json", "o.pt.orig"}
+    assert (tmp_path / "o.pt.orig").read_bytes() == b"official"
+    assert read(tmp_path / "o.pt") == {"A": A, CONTROL: ZERO}
+
+    for number, content in ((".1", b"second"), (".2", b"third")):
+        (tmp_path / "o.pt").write_bytes(content)
+        assert create(*arguments) == Result(0, "o.pt\n", said.format("is kept", number))
+        assert (tmp_path / f"o.pt.orig{number}").read_bytes() == content
+    assert (tmp_path / "o.pt.orig").read_bytes() == b"official"
+
+
+def test_our_own_older_output_is_replaced(
+    tmp_path: Path, create: Create, labels: Callable[..., tuple[str, ...]]
+) -> None:
+    assert create(*labels("A")).code == 0
+    assert create(*labels("B")) == Result(0, "o.pt\n", "")
+    assert set(files(tmp_path)) == {"g.txt", "table.pt", "o.pt", "o.pt.json"}
+    assert read(tmp_path / "o.pt") == {"B": B, CONTROL: ZERO}
+
+
+def test_our_output_that_somebody_changed_is_kept(
+    tmp_path: Path, create: Create, labels: Callable[..., tuple[str, ...]]
+) -> None:
+    assert create(*labels("A")).code == 0
+    with (tmp_path / "o.pt").open("ab") as f:
+        f.write(b"changed")
+    changed = (tmp_path / "o.pt").read_bytes()
+    assert create(*labels("A")) == Result(
+        0, "o.pt\n", "o.pt was not written by this script: it is kept as o.pt.orig\n"
+    )
+    assert (tmp_path / "o.pt.orig").read_bytes() == changed
+
+
+# --- whole or not at all ------------------------------------------------------------------------
+
+FULL = (
+    "error: cannot write o.pt{}: File too large; nothing was changed. "
+    "Free some space there, or choose another place for it\n"
+)
+
+
+@pytest.mark.parametrize("old", ["ours", "not ours", "none"])
+@pytest.mark.parametrize("which", ["features", "manifest"])
+def test_a_disk_that_fills_up_leaves_the_old_files_as_they_were(
+    tmp_path: Path, labels: Callable[..., tuple[str, ...]], old: str, which: str
+) -> None:
+    if old != "none":
+        done = run_script("create_esm_pert_features", *labels("A"), cwd=tmp_path)
+        assert done.code == 0
+    if old == "not ours":
+        (tmp_path / "o.pt.json").unlink()
+    # features of many labels, or a combination of so many parts that the manifest is the larger
+    arguments = labels(*["+".join("A" * n) for n in range(1, 400)])
+    limit = 100_000
+    if which == "manifest":
+        arguments = labels("+".join("A" * 2000))
+    before = files(tmp_path)
+    done = run_script(
+        *("create_esm_pert_features", *arguments),
+        cwd=tmp_path,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert done == Result(1, "", FULL.format("" if which == "features" else ".json"))
+    assert files(tmp_path) == before
+
+
+def test_a_report_that_does_not_fit_is_an_error(
+    tmp_path: Path, labels: Callable[..., tuple[str, ...]]
+) -> None:
+    arguments = labels("+".join("A" * 2000))
+    before = files(tmp_path)
+    done = run_script(
+        *("create_esm_pert_features", *arguments, "--report", "o.pt.tsv"),
+        cwd=tmp_path,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)),
+    )
+    assert done == Result(1, "", FULL.format(".tsv"))
+    assert files(tmp_path) == before
+
+
+@pytest.fixture(scope="module")
+def big_table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A table of 200 MB: 500 genes x 100,000."""
+    path = tmp_path_factory.mktemp("big") / "big.pt"
+    torch.save({f"G{i}": torch.full((100_000,), i + 1.0) for i in range(500)}, path)
+    assert path.stat().st_size > 200_000_000
+    return path
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [
+        (signal.SIGINT, 130, "stopped by Ctrl-C\n"),
+        (signal.SIGTERM, 143, "stopped by SIGTERM\n"),
+    ],
+)
+def test_a_signal_in_the_middle_of_the_write_leaves_the_old_files_as_they_were(
+    tmp_path: Path,
+    big_table: Path,
+    create: Create,
+    labels: Callable[..., tuple[str, ...]],
+    number: signal.Signals,
+    code: int,
+    said: str,
+) -> None:
+    assert create(*labels("A")).code == 0
+    (tmp_path / "many.txt").write_text("\n".join(f"G{i}" for i in range(200)))
+    before = files(tmp_path)
+    process = subprocess.Popen(
+        [
+            *(sys.executable, ROOT / "create_esm_pert_features.py", "--gene-list", "many.txt"),
+            *("--esm-embeddings", big_table, *OUT, "--quiet"),
+        ],
+        **{"cwd": tmp_path, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True},
+    )
+    written = 0
+    while written == 0:  # some of the 80 MB are written
+        assert process.poll() is None
+        time.sleep(0.005)
+        written = sum(p.stat().st_size for p in tmp_path.glob(".o.pt.*.tmp"))
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert written < 80_000_000
+    assert Result(process.returncode, out, err) == Result(code, "", said)
+    assert files(tmp_path) == before
+
+
+def test_a_signal_before_the_write_leaves_nothing(tmp_path: Path, big_table: Path) -> None:
+    """While 200 MB are being looked up: as soon as the process has the table mapped."""
+    process = subprocess.Popen(
+        [
+            *(sys.executable, ROOT / "create_esm_pert_features.py", "--all-genes", "--quiet"),
+            *("--esm-embeddings", big_table, *OUT),
+        ],
+        **{"cwd": tmp_path, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True},
+    )
+    while str(big_table) not in Path(f"/proc/{process.pid}/maps").read_text():
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert Result(process.returncode, out, err) == Result(130, "", "stopped by Ctrl-C\n")
+    assert not files(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("output", "reason"),
+    [
+        ("blocker/o.pt", "Not a directory"),
+        ("blocker/deeper/o.pt", "Not a directory"),
+        ("/proc/o.pt", "No such file or directory"),
+    ],
+)
+def test_an_output_folder_that_cannot_be_written_is_an_error(
+    tmp_path: Path,
+    create: Create,
+    labels: Callable[..., tuple[str, ...]],
+    output: str,
+    reason: str,
+) -> None:
+    arguments = labels("A")
+    (tmp_path / "blocker").write_text("a file")
+    before = files(tmp_path)
+    assert create(*arguments, "--output", output) == Result(
+        1,
+        "",
+        f"error: cannot write {output}: {reason}; nothing was changed. "
+        "Choose another place for it\n",
+    )
+    assert files(tmp_path) == before
+
+
+def test_an_output_that_is_a_folder_is_an_error(
+    tmp_path: Path, create: Create, labels: Callable[..., tuple[str, ...]]
+) -> None:
+    arguments = labels("A")
+    (tmp_path / "folder").mkdir()
+    before = files(tmp_path)
+    assert create(*arguments, "--output", "folder") == Result(
+        1, "", "error: --output folder is a folder; give the name of a file in it\n"
+    )
+    assert files(tmp_path) == before
+
+
+# --- memory -------------------------------------------------------------------------------------
+
+# not ru_maxrss: a new process starts with that of the process that started it
+MEASURED = """
+import re, sys
+import create_esm_pert_features as script
+code = script.main(sys.argv[1:])
+print(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1], file=sys.stderr)
+sys.exit(code)
+"""
+
+
+def test_of_a_large_table_only_the_vectors_in_use_come_into_memory(
+    tmp_path: Path, big_table: Path
+) -> None:
+    genes = [f"G{i}" for i in range(5)]
+    torch.save({g: torch.full((100_000,), i + 1.0) for i, g in enumerate(genes)}, tmp_path / "5.pt")
+    (tmp_path / "g.txt").write_text("\n".join(genes))
+
+    def peak(table: Path, output: str) -> int:
+        """KiB at most in memory."""
+        done = subprocess.run(
+            [
+                *(sys.executable, "-c", MEASURED, "--gene-list", "g.txt", "--quiet"),
+                *("--esm-embeddings", table, "--output", output),
+            ],
+            **{"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 60},
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+        assert (done.returncode, done.stdout) == (0, f"{output}\n"), done.stderr
+        return int(done.stderr)
+
+    assert peak(big_table, "big.pt") < peak(tmp_path / "5.pt", "small.pt") + 60_000
+    assert (tmp_path / "big.pt").read_bytes() == (tmp_path / "small.pt").read_bytes()

@@ -1,0 +1,576 @@
+"""Which labels create_esm_pert_features.py finds: those that cell-load finds, and no others."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import anndata
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from cell_load.data_modules import PerturbationDataModule
+from conftest import ROOT, Result
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from create_esm_pert_features import PERT_COLUMNS, files_cell_load_reads
+
+Create = Callable[..., Result]
+CONTROL = "non-targeting"
+
+
+def write_screen(path: Path, genes: Iterable[str], unused: Iterable[str] = (), **columns: str):
+    """A real .h5ad of one cell a label; `columns` renames target_gene."""
+    labels = [*genes, CONTROL]
+    obs = pd.DataFrame(
+        {
+            "target_gene": pd.Categorical(labels, categories=[*labels, *unused]),
+            "cell_type": pd.Categorical(["c"] * len(labels)),
+            "batch_var": pd.Categorical(["b"] * len(labels)),
+        },
+        index=[f"cell{i}" for i in range(len(labels))],
+    ).rename(columns=columns)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    anndata.AnnData(np.ones((len(labels), 2), np.float32), obs=obs).write_h5ad(path)
+
+
+def write_table(path: Path, genes: Iterable[str]) -> None:
+    torch.save({g: torch.full((3,), i + 1.0) for i, g in enumerate(genes)}, path)
+
+
+def labels_in(path: Path) -> list[str]:
+    return list(torch.load(path, weights_only=True))
+
+
+def toml(path: Path, *datasets: str, more: str = "") -> Path:
+    """A TOML that trains on every one of `datasets`."""
+    paths = "".join(f"set{i} = {d!r}\n" for i, d in enumerate(datasets))
+    train = "".join(f'set{i} = "train"\n' for i in range(len(datasets)))
+    path.write_text(f"[datasets]\n{paths}[training]\n{train}{more}")
+    return path
+
+
+def cell_load_finds(path: str) -> list[Path] | type[BaseException]:
+    """What cell-load's own search returns for a path of [datasets], or how it dies of it."""
+    module = object.__new__(PerturbationDataModule)
+    try:
+        return list(PerturbationDataModule._find_dataset_files(module, Path(path)).values())
+    except (NotImplementedError, ValueError) as error:
+        return type(error)
+
+
+def we_find(path: str) -> list[Path] | type[BaseException]:
+    try:
+        return files_cell_load_reads(path)
+    except (NotImplementedError, ValueError) as error:
+        return type(error)
+
+
+# --- files of a TOML ---------------------------------------------------------------------------
+
+TREE = ("a.h5", "b.h5ad", "c.h5ad", "notes.txt", "sub/a.h5ad", "sub/d.h5", "other/e.h5ad")
+
+PATH_FORMS = {
+    "data": ["a.h5", "b.h5ad", "c.h5ad"],
+    "data/": ["a.h5", "b.h5ad", "c.h5ad"],
+    "./data": ["a.h5", "b.h5ad", "c.h5ad"],
+    "data/a.h5": ["a.h5"],
+    "data//b.h5ad": ["b.h5ad"],
+    "data/notes.txt": ["notes.txt"],
+    "data/sub/../b.h5ad": ["sub/../b.h5ad"],
+    "data/*.h5": ["a.h5"],
+    "data/*.h5ad": ["b.h5ad", "c.h5ad"],
+    "data/?.h5ad": ["b.h5ad", "c.h5ad"],
+    "data/[ab].h5": ["a.h5"],
+    "data/*": ["sub/d.h5", "other/e.h5ad", "sub/a.h5ad"],
+    "data/*/": ["sub/d.h5", "other/e.h5ad", "sub/a.h5ad"],
+    "data/{a,b}.h5ad": ["b.h5ad"],
+    "data/{c,b}.h5ad": ["c.h5ad", "b.h5ad"],
+    "data/{a, b}.{h5,h5ad}": ["a.h5", "b.h5ad"],
+    "data/{sub,other}/*.h5ad": ["sub/a.h5ad", "other/e.h5ad"],
+    "data/{sub,other}": ["sub/d.h5", "sub/a.h5ad", "other/e.h5ad"],
+    "data/{a}.h5": ["a.h5"],
+    "data/{nowhere,a}.h5": ["a.h5"],
+    "data/{a.h5,sub/a.h5ad}": ["sub/a.h5ad"],
+    "data/{sub/a.h5ad,a.h5}": ["a.h5"],
+    "data/nowhere": [],
+    "data/nowhere/*.h5": [],
+    "data/{nowhere,nothing}.h5": [],
+    "data/{a,{b,c}}.h5ad": ["b.h5ad"],
+}
+
+
+@pytest.fixture
+def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """tmp_path/data with the files of TREE; each holds the gene it is named after."""
+    for name in TREE:
+        path = tmp_path / "data" / name
+        if path.suffix == ".txt":
+            path.write_text("")
+        else:
+            write_screen(path, [f"GENE_{name}"])
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("where", ["relative", "absolute"])
+@pytest.mark.parametrize("path", PATH_FORMS)
+def test_the_files_of_every_path_form_are_those_of_cell_load(
+    tree: Path, path: str, where: str
+) -> None:
+    start = "" if where == "relative" else f"{tree}/"
+    found = files_cell_load_reads(start + path)
+    assert found == [Path(f"{start}data/{name}") for name in PATH_FORMS[path]]
+    assert found == cell_load_finds(start + path)
+
+
+def test_recursive_globs_are_those_of_cell_load(tree: Path) -> None:
+    assert {f.stem for f in files_cell_load_reads("**/*.h5ad")} == {"a", "b", "c", "e"}
+    for path in ("**/*.h5ad", "**", "data/**/*.h5", f"{tree}/**/*.h5ad", f"{tree}/**"):
+        assert files_cell_load_reads(path) == cell_load_finds(path)
+
+
+PIECES = ["a", "b", "x", "z", "/", ".h5", ".h5ad", "*", "?", "[ab]", "**", " ", ",", "{", "}"]
+GROUPS = ["{a,b}", "{x,z}", "{x/a, z/b}", "{.h5,.h5ad}", "{a,nowhere}", "{,a}", "{{a,b},x}"]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    names=st.lists(
+        st.tuples(
+            st.sampled_from(["", "x/", "x/z/", "z/", "z.h5/"]),
+            st.sampled_from(["a", "b", "ab", "a b"]),
+            st.sampled_from([".h5", ".h5ad", ".txt", ""]),
+        ).map("".join),
+        max_size=8,
+        unique=True,
+    ),
+    pieces=st.lists(st.sampled_from(PIECES + GROUPS), min_size=1, max_size=6),
+    absolute=st.booleans(),
+)
+def test_files_are_those_of_cell_load_for_any_tree_and_pattern(
+    tmp_path_factory: pytest.TempPathFactory, names: list[str], pieces: list[str], absolute: bool
+) -> None:
+    folder = tmp_path_factory.mktemp("tree")
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    pattern = "".join(pieces).lstrip("/")
+    with contextlib.chdir(folder):
+        path_ = f"{folder}/{pattern}" if absolute else pattern
+        assert we_find(path_) == cell_load_finds(path_)
+
+
+# --- labels of a TOML --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["relative", "absolute"])
+@pytest.mark.parametrize(
+    "path", [p for p, names in PATH_FORMS.items() if names and names != ["notes.txt"]]
+)
+def test_labels_of_every_path_form_are_the_perturbations_of_cell_load(
+    tree: Path, create: Create, path: str, where: str
+) -> None:
+    config = toml(tree / "c.toml", path if where == "relative" else f"{tree}/{path}")
+    write_table(tree / "table.pt", [f"GENE_{name}" for name in TREE])
+    done = create("--from-toml", config, "--esm-embeddings", "table.pt", "--output", "o.pt")
+    assert (done.code, done.out) == (0, "o.pt\n")
+    names = [name.replace("sub/../", "") for name in PATH_FORMS[path]]
+    assert set(labels_in(tree / "o.pt")) == {CONTROL, *(f"GENE_{name}" for name in names)}
+    module = PerturbationDataModule(str(config), pert_col="target_gene", batch_col="batch_var")
+    assert set(labels_in(tree / "o.pt")) == set(module.pert_onehot_map)
+
+
+def test_labels_of_several_datasets_are_the_perturbations_of_cell_load(
+    project: Path, create: Create, screen: anndata.AnnData
+) -> None:
+    write_screen(project / "more/one.h5", ["SIM000", "SIMEXTRA001"], unused=["SIMEXTRA002"])
+    write_screen(project / "more/two.h5ad", ["SIMEXTRA003"])
+    write_screen(project / "unread.h5ad", ["SIMEXTRA004"])
+    config = project / "several.toml"
+    config.write_text(
+        '[datasets]\nsim = "screen.h5ad"\nmore = "more/{one,two}.{h5,h5ad}"\n'
+        'unread = "unread.h5ad"\n[training]\nsim = "train"\n[zeroshot]\n"more.c" = "test"\n'
+        '[fewshot."sim.simA"]\nval = ["SIM003"]\n'
+    )
+    done = create(
+        *("--from-toml", config, "--esm-embeddings", "table.pt", "--output", "o.pt", "--quiet")
+    )
+    assert done == Result(
+        0,
+        "o.pt\n",
+        "warning: dataset 'more': more/one.h5ad matches no file; cell-load goes on without it\n"
+        "warning: dataset 'more': more/two.h5 matches no file; cell-load goes on without it\n"
+        "warning: dataset 'unread' is in [datasets] but not in [training], [zeroshot] or "
+        "[fewshot]: not read\n",
+    )
+    module = PerturbationDataModule(str(config), pert_col="target_gene", batch_col="batch_var")
+    written = labels_in(project / "o.pt")
+    assert set(written) == set(module.pert_onehot_map) and len(written) == len(set(written))
+    in_screen = list(screen.obs["target_gene"].cat.categories)
+    assert written == [*in_screen, "SIMEXTRA001", "SIMEXTRA002", "SIMEXTRA003"]
+
+
+def test_unused_categories_are_labels(tree: Path, create: Create) -> None:
+    write_screen(tree / "s.h5ad", ["A"], unused=["NEVER"])
+    write_table(tree / "table.pt", ["A", "NEVER"])
+    config = toml(tree / "c.toml", "s.h5ad")
+    assert create(
+        "--from-toml", config, "--esm-embeddings", "table.pt", "--output", "o.pt"
+    ) == Result(
+        0,
+        "o.pt\n",
+        "labels    3 (1 control, 2 exact)\n"
+        "from      s.h5ad (3 labels)\n"
+        f"from      {config} (0 labels)\n"
+        "source    table.pt (2 genes x 3)\n",
+    )
+    assert labels_in(tree / "o.pt") == ["A", CONTROL, "NEVER"]
+
+
+def test_of_two_files_of_one_stem_the_one_that_cell_load_drops_is_named(
+    tree: Path, create: Create
+) -> None:
+    write_table(tree / "table.pt", ["GENE_a.h5", "GENE_sub/a.h5ad"])
+    config = toml(tree / "c.toml", "data/{a.h5,sub/a.h5ad}")
+    done = create(
+        *("--from-toml", config, "--esm-embeddings", "table.pt", "--output", "o.pt", "--quiet")
+    )
+    assert done == Result(
+        0,
+        "o.pt\n",
+        "warning: dataset 'set0': cell-load keeps one file per name and does not read "
+        "data/a.h5; rename it\n",
+    )
+    assert labels_in(tree / "o.pt") == ["GENE_sub/a.h5ad", CONTROL]
+
+
+def test_a_brace_branch_without_a_match_is_named(tree: Path, create: Create) -> None:
+    write_table(tree / "table.pt", ["GENE_b.h5ad"])
+    config = toml(tree / "c.toml", "data/{b,nowhere}.h5ad")
+    done = create(
+        *("--from-toml", config, "--esm-embeddings", "table.pt", "--output", "o.pt", "--quiet")
+    )
+    assert done.err == (
+        "warning: dataset 'set0': data/nowhere.h5ad matches no file; cell-load goes on without it\n"
+    )
+    assert (done.code, labels_in(tree / "o.pt")) == (0, ["GENE_b.h5ad", CONTROL])
+
+
+@pytest.mark.parametrize(
+    ("typo", "hint"), [("SIM0003", " (did you mean SIM003, SIM000, SIM009?)"), ("zzzzz", "")]
+)
+def test_a_few_shot_label_that_no_file_holds_is_reported_as_a_probable_typo(
+    project: Path, create: Create, typo: str, hint: str
+) -> None:
+    with (project / "config.toml").open("a") as f:
+        f.write(f'[fewshot."sim.simB"]\ntest = ["SIM004", "{typo}"]\n')
+    arguments = (
+        *("--from-toml", "config.toml", "--esm-embeddings", "table.pt"),
+        *("--output", "o.pt", "--quiet"),
+    )
+    warning = (
+        f"warning: [fewshot] names '{typo}', which no file holds: probably a typo{hint}. "
+        "cell-load holds nothing out for it\n"
+    )
+    done = create(*arguments)
+    assert done == Result(
+        1,
+        "",
+        f"{warning}error: 1 of 12 labels have no embedding ({typo}): '{typo}' is in no table. "
+        f"{typo}: only in [fewshot], probably a typo. Add a table that has them with "
+        "--esm-embeddings, rename with --alias OLD=NEW, see all with --report FILE.tsv --dry-run, "
+        "or accept with --missing mean\n",
+    )
+    done = create(*arguments, "--alias", f"{typo}=SIM003")
+    assert done == Result(0, "o.pt\n", warning)
+    assert typo in labels_in(project / "o.pt")
+
+
+# --- only the categories are read ---------------------------------------------------------------
+
+# not ru_maxrss: a new process starts with that of the process that started it
+MEASURED = """
+import re, sys
+import create_esm_pert_features as script
+code = script.main(sys.argv[1:])
+print(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1], file=sys.stderr)
+sys.exit(code)
+"""
+
+
+def test_of_a_huge_file_only_the_categories_are_read(tree: Path) -> None:
+    cells = 10_000_000
+    with h5py.File(tree / "huge.h5ad", "w") as f:
+        f.create_dataset("X", (cells, 20_000), "f4", chunks=(1000, 1000))  # 800 GB, if it is read
+        obs = f.create_group("obs")
+        elsewhere = {"external": [("/nowhere/at/all", 0, 8 * cells)]}  # reading it fails
+        for column in ("target_gene", "cell_type"):
+            group = obs.create_group(column)
+            group["categories"] = ["A", CONTROL]
+            group.create_dataset("codes", (cells,), "i1", **elsewhere)
+        obs.create_dataset("n_counts", (cells,), "f8", **elsewhere)
+        with pytest.raises(OSError):
+            obs["target_gene/codes"][:]
+    write_screen(tree / "small.h5ad", ["A"])
+    write_table(tree / "table.pt", ["A"])
+
+    def peak(name: str) -> int:
+        """KiB at most in memory while the script reads one file."""
+        config = toml(tree / f"{name}.toml", f"{name}.h5ad")
+        done = subprocess.run(
+            [
+                *(sys.executable, "-c", MEASURED, "--from-toml", str(config), "--quiet"),
+                *("--esm-embeddings", "table.pt", "--output", f"{name}.pt"),
+            ],
+            **{"cwd": tree, "capture_output": True, "text": True, "timeout": 60},
+            env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+        )
+        assert (done.returncode, done.stdout) == (0, f"{name}.pt\n"), done.stderr
+        return int(done.stderr)
+
+    assert peak("huge") < peak("small") + 8_000
+    assert labels_in(tree / "huge.pt") == labels_in(tree / "small.pt") == ["A", CONTROL]
+
+
+# --- other sources of labels --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("g.txt", b"B\nA\n", ["B", "A"]),
+        ("g.txt", b"\xef\xbb\xbfB\r\n\r\n# all of them\r\nA # why\r\n B \r\nA", ["B", "A"]),
+        ("g", b"A+B\nA\n", ["A+B", "A"]),
+        ("g.txt", b"NA\nnan\nNone\n", ["NA", "nan", "None"]),
+        ("g.csv", b"target_gene,n\nB,1\nNA,2\n,3\nB,4\n", ["B", "NA"]),
+        ("g.csv", b'\xef\xbb\xbfn,"gene"\r\n1,"B"\r\n2," A "\r\n', ["B", "A"]),
+        ("g.csv", b"perturbation\nA+B\n\nA\n", ["A+B", "A"]),
+        ("g.CSV", b"symbol,n\nA\n", ["A"]),
+        ("g.tsv", b"n\tgene_symbol\n1\tB\n2\tNA\n", ["B", "NA"]),
+    ],
+)
+def test_gene_lists_of_every_kind_give_their_labels(
+    tmp_path: Path, create: Create, name: str, content: bytes, expected: list[str]
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    write_table(tmp_path / "table.pt", ["A", "B", "NA", "nan", "None"])
+    done = create("--gene-list", name, "--esm-embeddings", "table.pt", "--output", "o.pt")
+    assert (done.code, done.out) == (0, "o.pt\n")
+    assert labels_in(tmp_path / "o.pt") == [*expected, CONTROL]
+
+
+@pytest.mark.parametrize(("repeats", "noun"), [(1, "1 repeated label"), (3, "3 repeated labels")])
+def test_repeated_labels_of_a_gene_list_are_said(
+    tmp_path: Path, create: Create, repeats: int, noun: str
+) -> None:
+    (tmp_path / "g.txt").write_text("A\n" * (repeats + 1))
+    write_table(tmp_path / "table.pt", ["A"])
+    assert create(
+        "--gene-list", "g.txt", "--esm-embeddings", "table.pt", "--output", "o.pt"
+    ) == Result(
+        0,
+        "o.pt\n",
+        f"g.txt: {noun} left out\n"
+        "labels    2 (1 control, 1 exact)\n"
+        "from      g.txt (1 label)\n"
+        "source    table.pt (1 gene x 3)\n",
+    )
+
+
+def test_pert_col_chooses_the_column_of_a_gene_list(tmp_path: Path, create: Create) -> None:
+    (tmp_path / "g.csv").write_text("gene,target_gene,mine\nX,Y,A\n")
+    write_table(tmp_path / "table.pt", ["A"])
+    arguments = ("--gene-list", "g.csv", "--esm-embeddings", "table.pt", "--output", "o.pt")
+    assert create(*arguments, "--pert-col", "mine").code == 0
+    assert labels_in(tmp_path / "o.pt") == ["A", CONTROL]
+
+
+def test_sources_of_labels_add_up_and_each_label_comes_once(tmp_path: Path, create: Create) -> None:
+    write_screen(tmp_path / "s.h5ad", ["A"])
+    write_screen(tmp_path / "template.h5ad", ["A", "B"])
+    write_screen(tmp_path / "other.h5ad", ["C"])
+    (tmp_path / "one.txt").write_text("D\nA\n")
+    (tmp_path / "two.txt").write_text("E\n")
+    write_table(tmp_path / "table.pt", ["A", "B", "C", "D", "E", "F"])
+    toml(tmp_path / "c.toml", "s.h5ad")
+    arguments = (
+        *("--from-toml", "c.toml", "--adata", "template.h5ad", "--adata", "other.h5ad"),
+        *("--gene-list", "one.txt", "--gene-list", "two.txt"),
+        *("--esm-embeddings", "table.pt", "--output", "o.pt", "--quiet"),
+    )
+    assert create(*arguments) == Result(0, "o.pt\n", "")
+    assert labels_in(tmp_path / "o.pt") == ["A", CONTROL, "B", "C", "D", "E"]
+    inputs = json.loads((tmp_path / "o.pt.json").read_text())["inputs"]
+    assert [(i["path"], i["kind"], i["labels"]) for i in inputs] == [
+        ("s.h5ad", "adata", 2),
+        ("c.toml", "toml", 0),
+        ("template.h5ad", "adata", 3),
+        ("other.h5ad", "adata", 2),
+        ("one.txt", "gene-list", 2),
+        ("two.txt", "gene-list", 1),
+    ]
+
+
+def test_adata_needs_no_control(tmp_path: Path, create: Create) -> None:
+    write_screen(tmp_path / "t.h5ad", ["A"])
+    write_table(tmp_path / "table.pt", ["A", CONTROL])
+    arguments = ("--adata", "t.h5ad", "--esm-embeddings", "table.pt", "--output", "o.pt")
+    assert create(*arguments, "--control-pert", "absent").code == 0
+    assert labels_in(tmp_path / "o.pt") == ["A", CONTROL, "absent"]
+
+
+def test_all_genes_gives_every_gene_of_every_table(tmp_path: Path, create: Create) -> None:
+    write_table(tmp_path / "one.pt", ["A", "B"])
+    write_table(tmp_path / "two.pt", ["C", "B"])
+    arguments = ("--all-genes", "--esm-embeddings", "one.pt", "--esm-embeddings", "two.pt")
+    assert create(*arguments, "--output", "o.pt").code == 0
+    assert labels_in(tmp_path / "o.pt") == ["A", "B", "C", CONTROL]
+    assert json.loads((tmp_path / "o.pt.json").read_text())["inputs"] == [
+        {"path": "one.pt, two.pt", "kind": "all-genes", "labels": 3}
+    ]
+
+
+# --- the column and the control -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("column", PERT_COLUMNS)
+def test_each_usual_column_is_found(tmp_path: Path, create: Create, column: str) -> None:
+    write_screen(tmp_path / "s.h5ad", ["A"], target_gene=column)
+    write_table(tmp_path / "table.pt", ["A"])
+    config = toml(tmp_path / "c.toml", "s.h5ad")
+    arguments = ("--from-toml", config, "--esm-embeddings", "table.pt", "--output", "o.pt")
+    assert create(*arguments).code == 0
+    assert labels_in(tmp_path / "o.pt") == ["A", CONTROL]
+
+
+def test_of_two_candidates_the_one_that_all_files_share_is_taken(
+    tmp_path: Path, create: Create
+) -> None:
+    write_screen(tmp_path / "one.h5ad", ["A"], cell_type="gene")
+    write_screen(tmp_path / "two.h5ad", ["B"])
+    write_table(tmp_path / "table.pt", ["A", "B"])
+    config = toml(tmp_path / "c.toml", "one.h5ad", "two.h5ad")
+    arguments = ("--from-toml", config, "--esm-embeddings", "table.pt", "--output", "o.pt")
+    assert create(*arguments).code == 0
+    assert labels_in(tmp_path / "o.pt") == ["A", CONTROL, "B"]
+
+
+NO_COLUMN = "no obs column target_gene, gene, perturbation, condition ..."
+CHOOSE = "Choose one with --pert-col"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "arguments", "message"),
+    [
+        (
+            {"target_gene": "knocked"},
+            None,
+            (),
+            f"one.h5ad has {NO_COLUMN}; columns: batch_var, cell_type, knocked. {CHOOSE}",
+        ),
+        (
+            {},
+            {"target_gene": "gene"},
+            (),
+            f"one.h5ad and 1 more file: {NO_COLUMN} in common; columns of the first: "
+            f"batch_var, cell_type, target_gene. {CHOOSE}",
+        ),
+        (
+            {"cell_type": "gene", "batch_var": "condition"},
+            None,
+            (),
+            "one.h5ad has more than one obs column that could be meant: target_gene, gene, "
+            f"condition. {CHOOSE}",
+        ),
+        (
+            {},
+            None,
+            ("--pert-col", "target_genes"),
+            "one.h5ad has no obs column 'target_genes' (did you mean target_gene?); "
+            f"columns: batch_var, cell_type, target_gene. {CHOOSE}",
+        ),
+        (
+            {"target_gene": "mine"},
+            {},
+            ("--pert-col", "mine"),
+            "two.h5ad has no obs column 'mine'; columns: batch_var, cell_type, target_gene. "
+            + CHOOSE,
+        ),
+    ],
+    ids=["none", "none in common", "several", "wrong --pert-col", "not in all files"],
+)
+def test_a_column_that_is_not_clear_is_an_error_that_names_the_columns(
+    tmp_path: Path,
+    create: Create,
+    first: dict[str, str],
+    second: dict[str, str] | None,
+    arguments: tuple[str, ...],
+    message: str,
+) -> None:
+    write_screen(tmp_path / "one.h5ad", ["A"], **first)
+    names = ["one.h5ad"]
+    if second is not None:
+        write_screen(tmp_path / "two.h5ad", ["B"], **second)
+        names.append("two.h5ad")
+    config = toml(tmp_path / "c.toml", *names)
+    write_table(tmp_path / "table.pt", ["A", "B"])
+    done = create(
+        *("--from-toml", config, "--esm-embeddings", "table.pt", "--output", "o.pt", *arguments)
+    )
+    assert done == Result(1, "", f"error: {message}\n")
+    assert not list(tmp_path.glob("o.pt*"))
+
+
+def test_pert_col_decides_between_candidates(tmp_path: Path, create: Create) -> None:
+    write_screen(tmp_path / "s.h5ad", ["A"], cell_type="gene")
+    write_table(tmp_path / "table.pt", ["A"])
+    config = toml(tmp_path / "c.toml", "s.h5ad")
+    arguments = ("--from-toml", config, "--esm-embeddings", "table.pt", "--output", "o.pt")
+    assert create(*arguments, "--pert-col", "target_gene").code == 0
+    assert labels_in(tmp_path / "o.pt") == ["A", CONTROL]
+
+
+@pytest.mark.parametrize(
+    ("control", "labels", "hint"),
+    [
+        ("non-targeting", ["A", "ctrl", "B"], " (did you mean ctrl?)"),
+        ("non-targeting", ["NT", "Non_Targeting", "A"], " (did you mean NT, Non_Targeting?)"),
+        ("safe-harbour", ["A", "safe-harbor"], " (did you mean safe-harbor?)"),
+        ("non-targeting", ["A", "B"], ""),
+    ],
+)
+def test_a_control_that_is_absent_is_an_error_with_the_nearest_labels(
+    tmp_path: Path, create: Create, control: str, labels: list[str], hint: str
+) -> None:
+    obs = pd.DataFrame({"gene": pd.Categorical(labels, categories=labels)})
+    obs.index = obs.index.astype(str)
+    anndata.AnnData(np.ones((len(labels), 2), np.float32), obs=obs).write_h5ad(tmp_path / "s.h5ad")
+    write_table(tmp_path / "table.pt", labels)
+    config = toml(tmp_path / "c.toml", "s.h5ad")
+    arguments = ("--from-toml", config, "--esm-embeddings", "table.pt", "--output", "o.pt")
+    assert create(*arguments, "--control-pert", control) == Result(
+        1,
+        "",
+        f"error: s.h5ad: no cell has the control label {control!r} in obs column 'gene'{hint}. "
+        f"Name it with --control-pert; labels: {', '.join(sorted(labels))}\n",
+    )
+    assert not list(tmp_path.glob("o.pt*"))
+
+
+def test_control_pert_names_the_control_and_gives_it_zeros(tmp_path: Path, create: Create) -> None:
+    write_screen(tmp_path / "s.h5ad", ["A"])
+    write_table(tmp_path / "table.pt", ["A", CONTROL])
+    config = toml(tmp_path / "c.toml", "s.h5ad")
+    arguments = ("--from-toml", config, "--esm-embeddings", "table.pt", "--output", "o.pt")
+    assert create(*arguments, "--control-pert", "A").code == 0
+    features = torch.load(tmp_path / "o.pt", weights_only=True)
+    assert {k: v.tolist() for k, v in features.items()} == {"A": [0.0] * 3, CONTROL: [2.0] * 3}

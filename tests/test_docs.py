@@ -1,0 +1,153 @@
+"""README, help and packaging say what the code does."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from packaging.requirements import Requirement
+
+import create_esm_pert_features
+import train_with_esm_features
+
+SCRIPTS = {
+    "create_esm_pert_features": create_esm_pert_features,
+    "train_with_esm_features": train_with_esm_features,
+}
+README = (ROOT / "README.md").read_text()
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def options(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+    return {o: a for a in parser._actions for o in a.option_strings if o.startswith("--")}
+
+
+def table_rows(script: str) -> str:
+    """First column of the option table under the script's heading."""
+    section = README.split(f"### `{script}.py`")[1].split("\n#")[0]
+    return "\n".join(re.findall(r"^\| (.+?) \| .*\|$", section, re.MULTILINE))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_readme_table_lists_exactly_the_options_of_the_parser(script: str) -> None:
+    written = set(re.findall(r"--[a-z][a-z-]+", table_rows(script)))
+    assert written == set(options(SCRIPTS[script].build_parser()))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_readme_table_lists_the_choices_of_the_parser(script: str) -> None:
+    for name, action in options(SCRIPTS[script].build_parser()).items():
+        if action.choices:
+            shown = "\\|".join(map(str, action.choices))
+            assert f"{name} {shown}" in table_rows(script)
+
+
+def test_every_option_in_the_readme_exists() -> None:
+    known = {o for m in SCRIPTS.values() for o in options(m.build_parser())}
+    stock = {"--model-dir"}  # of state tx infer
+    assert set(re.findall(r"--[a-z][a-z-]+", README)) - known - stock == set()
+
+
+def test_commands_in_the_readme_parse() -> None:
+    blocks = "\n".join(re.findall(r"```\w*\n(.*?)```", README, re.DOTALL)).replace("\\\n", " ")
+    parsed = 0
+    for line in blocks.splitlines():
+        found = re.search(r"(create|train)[_-](\w+[_-])+features(\.py)? (--.*)", line)
+        if not found:
+            continue
+        name = found[0].split()[0].removesuffix(".py").replace("-", "_")
+        words = [w for w in shlex.split(found[4], comments=True) if w not in ("&&",)]
+        SCRIPTS[name].build_parser().parse_intermixed_args(words)
+        parsed += 1
+    assert parsed == 6
+
+
+def test_readme_is_short_and_names_make_targets_that_exist() -> None:
+    assert len(README.splitlines()) < 250
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"`?make ([a-z][a-z-]*)", README)) - {"it"}
+    assert targets == {"demo", "test", "test-slow"}
+    assert all(f"\n{t}:" in makefile for t in targets)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_error_texts_of_the_troubleshooting_table_are_in_the_code(script: str) -> None:
+    section = README.split("## Troubleshooting")[1].split("\n## ")[0]
+    texts = re.findall(r"^\| `(.+?)`(?:, `(.+?)`)* \|", section, re.MULTILINE)
+    code = "".join((ROOT / f"{name}.py").read_text() for name in SCRIPTS)
+    code = re.sub(r'"\s*\n\s*f?"', "", code)  # messages run over lines
+    for text in (t.strip(". ") for pair in texts for t in pair if t):
+        if text.startswith("no obs column") or text.startswith("no .h5"):
+            text = text.split(" batch_var")[0].split(" at")[0]
+        assert text in code, text
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_inline_metadata_equals_pyproject(script: str) -> None:
+    """PEP 723, so that `uv run script.py` works with nothing installed."""
+    text = (ROOT / f"{script}.py").read_text()
+    block = re.match(r"# /// script\n((?:#.*\n)+?)# ///\n", text)
+    assert block is not None
+    inline = tomllib.loads("".join(line[2:] + "\n" for line in block[1].splitlines()))
+    assert inline["dependencies"] == PYPROJECT["project"]["dependencies"]
+    assert inline["requires-python"] == PYPROJECT["project"]["requires-python"]
+
+
+def test_every_dependency_is_pinned_within_its_bound() -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = dict(line.lower().replace("_", "-").split("==") for line in lines if "==" in line)
+    project = PYPROJECT["project"]
+    wanted = project["dependencies"] + project["optional-dependencies"]["test"]
+    for requirement in map(Requirement, wanted):
+        assert requirement.specifier.contains(pins[requirement.name]), requirement
+    assert pins["torch"] == "2.13.0"
+
+
+def test_console_commands_and_modules_exist() -> None:
+    scripts = PYPROJECT["project"]["scripts"]
+    assert scripts == {
+        "create-esm-pert-features": "create_esm_pert_features:main",
+        "train-with-esm-features": "train_with_esm_features:main",
+    }
+    assert PYPROJECT["tool"]["setuptools"]["py-modules"] == list(SCRIPTS)
+    assert all(m.__version__ == PYPROJECT["project"]["version"] for m in SCRIPTS.values())
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_imports_nothing_heavy(script: str, tmp_path: Path) -> None:
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {script} as s\n"
+        "try: s.main(['--help'])\n"
+        "except SystemExit as stop: assert stop.code == 0\n"
+        "heavy = {'torch', 'numpy', 'pandas', 'anndata', 'scanpy', 'h5py', 'state', 'cell_load',"
+        " 'lightning', 'hydra', 'huggingface_hub'}\n"
+        "print(sorted(heavy & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stderr == "[]\n"
+    for option in options(SCRIPTS[script].build_parser()):
+        assert option in done.stdout
+
+
+def test_shipped_configurations_have_a_header_and_parse() -> None:
+    names = {p.name for p in (ROOT / "configs").iterdir()}
+    assert names == {
+        *("vcc.toml", "fewshot.toml", "zeroshot.toml", "demo.toml", "esm_genetic_example.toml"),
+    }
+    for name in names:
+        path = ROOT / "configs" / name
+        header = re.match(r"(#.*\n)+", path.read_text())
+        assert header is not None
+        for word in ("Purpose:", "Hardware:", "Minutes:", "Expect:"):
+            assert word in header[0], (name, word)
+        experiment = create_esm_pert_features.load_experiment(path)
+        assert create_esm_pert_features.experiment_problems(experiment) == []

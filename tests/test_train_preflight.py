@@ -1,0 +1,1248 @@
+"""What train_with_esm_features.py checks before anything is written: exit code, whole message."""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import anndata
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse
+import torch
+from conftest import SMALL, Result
+
+import train_with_esm_features as script
+
+Train = Callable[..., Result]
+Refused = Callable[..., None]
+Accepted = Callable[..., Result]
+
+CONTROL = "non-targeting"
+DATASETS = '[datasets]\nsim = "screen.h5ad"\n'
+TRAIN = f'{DATASETS}[training]\nsim = "train"\n'
+HELD = '[fewshot."sim.simA"]\nval = ["SIM003"]\ntest = ["SIM004"]\n'
+PLAN = ["run", "model", "data", "columns", "train", "val", "test"]
+PLAN += ["unseen", "features", "workers", "dry"]
+LABELS = [*SMALL.symbols, SMALL.combination]
+
+
+def snapshot(folder: Path) -> dict[str, bytes | None]:
+    """Every folder and file below `folder`, with its content."""
+    return {str(p): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+@pytest.fixture
+def ready(project: Path, create: Callable[..., Result]) -> Path:
+    """The project, with features.pt by create_esm_pert_features.py."""
+    assert make_features(create).out == "features.pt\n"
+    return project
+
+
+def make_features(create: Callable[..., Result], *arguments: object) -> Result:
+    """Run script 1 for config.toml."""
+    where = ("--esm-embeddings", "table.pt", "--output", "features.pt")
+    done = create("--from-toml", "config.toml", *where, *arguments)
+    assert done.code == 0, done.err
+    return done
+
+
+@pytest.fixture
+def train(
+    ready: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Train:
+    """Run train_with_esm_features.main([..., '--dry-run']); assert that it changes nothing."""
+    monkeypatch.setenv("PYTHONHASHSEED", "0")  # as the script does from the command line
+
+    def run(*arguments: object, config: str = "config.toml", features: str = "features.pt") -> Any:
+        before = snapshot(ready)
+        capsys.readouterr()
+        files = ["--config", config, "--pert-features", features, "--output-dir", "runs"]
+        code = script.main([*files, "--dry-run", *map(str, arguments)])
+        assert snapshot(ready) == before
+        assert not (ready / "runs").exists()
+        return Result(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def refused(train: Train) -> Refused:
+    """Assert exit code 1 and that stderr is the error, after any warnings."""
+
+    def check(*problems: str, args: Sequence[object] = (), **files: str) -> None:
+        message = problems[0]
+        if len(problems) > 1:
+            message = "\n  - ".join([f"{len(problems)} problems:", *problems])
+        done = train(*args, **files)
+        lines = [x for x in done.err.splitlines(True) if not x.startswith("warning: ")]
+        assert (done.code, done.out, "".join(lines)) == (1, "", f"error: {message}\n")
+
+    return check
+
+
+@pytest.fixture
+def accepted(train: Train) -> Accepted:
+    """Assert exit code 0 and that stderr is these warnings, then the plan."""
+
+    def check(*warnings: str, args: Sequence[object] = (), **files: str) -> Result:
+        done = train(*args, **files)
+        lines = done.err.splitlines()
+        assert done.code == 0, done.err
+        assert lines[: -len(PLAN)] == [f"warning: {w}" for w in warnings]
+        assert [line.split()[0] for line in lines[-len(PLAN) :]] == PLAN
+        return done
+
+    return check
+
+
+def toml(folder: Path, text: str) -> None:
+    (folder / "config.toml").write_text(text)
+
+
+def plan(done: Result) -> dict[str, str]:
+    """The lines of the plan by their name."""
+    lines = done.err.splitlines()[-len(PLAN) : -1]
+    return dict(tuple(line.split(maxsplit=1)) for line in lines)  # type: ignore[misc]
+
+
+def two_files(folder: Path, first: anndata.AnnData, second: anndata.AnnData) -> None:
+    """One dataset of two files, a.h5ad and b.h5ad."""
+    first.write_h5ad(folder / "a.h5ad")
+    second.write_h5ad(folder / "b.h5ad")
+    toml(folder, TRAIN.replace("screen.h5ad", "{a,b}.h5ad") + HELD)
+
+
+def test_a_good_project_is_accepted_without_a_warning(accepted: Accepted, tmp_path: Path) -> None:
+    assert plan(accepted(args=("--num-workers", 3))) == {
+        "run": str(tmp_path / "runs" / "config_state_sm"),
+        "model": "state_sm, 400,000 steps of 16 cell sets",
+        "data": "1 file, 30 genes, 312 cells",
+        "columns": (
+            "perturbation target_gene, cell type cell_type, batch batch_var, control non-targeting"
+        ),
+        "train": "240 perturbed cells, 11 perturbations",
+        "val": "12 perturbed cells, 1 perturbations",
+        "test": "12 perturbed cells, 1 perturbations",
+        "unseen": "0 test perturbations in no training cell",
+        "features": "features.pt (12 x 8)",
+        "workers": "3",
+    }
+
+
+# --- the TOML -----------------------------------------------------------------------------------
+
+
+def test_toml_that_does_not_exist_is_named(refused: Refused, tmp_path: Path) -> None:
+    refused(f"no such TOML: nowhere.toml (looked in {tmp_path})", config="nowhere.toml")
+
+
+def test_features_file_that_does_not_exist_is_named(refused: Refused, tmp_path: Path) -> None:
+    refused(f"no such features file: nowhere.pt (looked in {tmp_path})", features="nowhere.pt")
+
+
+def test_toml_syntax_error_has_line_and_column(refused: Refused, ready: Path) -> None:
+    toml(ready, '[datasets]\nsim = "screen.h5ad\n[training]\n')
+    refused("config.toml, line 2, column 19: Unbalanced quotes")
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (
+            f'{TRAIN}[zeroshot]\nsim.simA = "test"\n',
+            '[zeroshot] sim.simA needs quotes around the whole name: "sim.simA" = "test"',
+        ),
+        (
+            f'{TRAIN}[fewshot.sim.simA]\ntest = ["SIM001"]\n',
+            '[fewshot] sim.simA needs quotes around the whole name: [fewshot."sim.simA"]',
+        ),
+        (
+            f'{DATASETS}[training]\nsim = "trian"\n',
+            "[training] sim = 'trian': the only value is \"train\"",
+        ),
+        (
+            f'{TRAIN}[zeroshot]\n"sim.simA" = "tset"\n',
+            "[zeroshot] \"sim.simA\" = 'tset': unknown split, use val or test",
+        ),
+        (
+            f'{TRAIN}[fewshot."sim.simA"]\ntset = ["SIM001"]\n',
+            '[fewshot."sim.simA"] tset: unknown split, use val or test',
+        ),
+        (
+            f'{TRAIN}smi = "train"\n',
+            "dataset 'smi' is used but has no path under [datasets] (did you mean sim?)",
+        ),
+        (
+            f'{TRAIN}[zeroshot]\n"smi.simA" = "test"\n',
+            "dataset 'smi' is used but has no path under [datasets] (did you mean sim?)",
+        ),
+        (
+            f'zeroshot = "test"\n{TRAIN}',
+            "[zeroshot] must be a table, e.g. [zeroshot] on a line of its own",
+        ),
+        (
+            f'training = "sim"\n{DATASETS}',
+            "[training] must be a table, e.g. [training] on a line of its own",
+        ),
+    ],
+)
+def test_toml_that_cell_load_would_misread_is_refused(
+    refused: Refused, ready: Path, text: str, problem: str
+) -> None:
+    toml(ready, text)
+    refused(f"config.toml: {problem}")
+
+
+def test_toml_that_uses_no_dataset_is_refused(train: Train, ready: Path) -> None:
+    toml(ready, DATASETS)
+    assert train() == Result(
+        1,
+        "",
+        "warning: dataset 'sim' is in [datasets] but not in [training], [zeroshot] or [fewshot]: "
+        "not read\nerror: config.toml: [training], [zeroshot] and [fewshot] name no dataset\n",
+    )
+
+
+# --- the paths ----------------------------------------------------------------------------------
+
+
+def test_path_that_matches_no_file_is_named_with_the_folder_it_counts_from(
+    refused: Refused, ready: Path
+) -> None:
+    toml(ready, TRAIN.replace("screen", "nowhere"))
+    refused(
+        "dataset 'sim': no .h5 or .h5ad file at nowhere.h5ad (relative to the working directory "
+        f"{ready}); correct the path in config.toml, or run from the folder it starts in"
+    )
+
+
+def test_path_that_exists_relative_to_the_toml_is_pointed_out(
+    refused: Refused, ready: Path
+) -> None:
+    (ready / "sub").mkdir()
+    (ready / "screen.h5ad").rename(ready / "sub" / "screen.h5ad")
+    (ready / "sub" / "c.toml").write_text(TRAIN)
+    refused(
+        "dataset 'sim': no .h5 or .h5ad file at screen.h5ad (relative to the working directory "
+        f"{ready}). It exists relative to the TOML: run from {ready / 'sub'}, or make the path "
+        "absolute",
+        config="sub/c.toml",
+    )
+
+
+def test_file_that_is_no_hdf5_is_refused(refused: Refused, ready: Path) -> None:
+    (ready / "screen.h5ad").write_text("gene,cell\n")
+    refused(
+        "screen.h5ad cannot be read: it is damaged, cut short or not an HDF5 file (Unable to "
+        "synchronously open file (file signature not found))"
+    )
+
+
+def test_truncated_file_is_refused(train: Train, ready: Path) -> None:
+    path = ready / "screen.h5ad"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    done = train()
+    assert (done.code, done.out) == (1, "")
+    size, eof = len(whole) // 2, len(whole)
+    assert re.fullmatch(
+        r"error: screen\.h5ad cannot be read: it is damaged, cut short or not an HDF5 file "
+        rf"\(Unable to synchronously open file \(truncated file: eof = {size}, sblock->base_addr "
+        rf"= 0, stored_eof = {eof}\)\)\n",
+        done.err,
+    )
+
+
+def test_file_without_obs_is_refused(refused: Refused, ready: Path) -> None:
+    with h5py.File(ready / "screen.h5ad", "w") as file:
+        file["X"] = np.zeros((2, 2))
+    refused(
+        "screen.h5ad has no obs table that cell-load can read; write it again with a current "
+        "anndata"
+    )
+
+
+# --- all problems at once -----------------------------------------------------------------------
+
+
+def test_all_problems_are_listed_together(refused: Refused, ready: Path, screen: Any) -> None:
+    first, second = screen.copy(), screen.copy()
+    first.obs.loc[first.obs_names[0], "target_gene"] = None
+    second = second[(second.obs["cell_type"] == "simA") | (second.obs["target_gene"] != CONTROL)]
+    second.var_names = [*second.var_names[1:], second.var_names[0]]
+    del second.uns["log1p"]
+    two_files(ready, first, second)
+    text = (ready / "config.toml").read_text()
+    toml(ready, f'{text}[zeroshot]\n"sim.simC" = "test"\n')
+    features = torch.load(ready / "features.pt", weights_only=True)
+    del features["SIM001"]
+    features["SIM002"][3] = float("nan")
+    features["SIM003"][:] = 0
+    torch.save(features, ready / "bad.pt")
+    order = ", ".join(f"SIMREADOUT{i:03d}/SIMREADOUT{i + 1:03d}" for i in range(5))
+    again = "Make the file again with create_esm_pert_features.py"
+    refused(
+        "a.h5ad: 1 cell without a label in 'target_gene'; cell-load would train them as "
+        "'non-targeting'. Remove them, or label them",
+        "a.h5ad and b.h5ad do not have the same genes in the same order: the same genes in "
+        f"another order (30 positions: {order}, ...); cell-load would train on mixed-up genes. "
+        "Write them with the same var_names",
+        "some files carry uns/log1p and some do not (b.h5ad), which cell-load refuses; if those "
+        "too are log1p-normalised, write them again after adata.uns['log1p'] = {}",
+        "b.h5ad: no control cell ('non-targeting') in simB; cell-load draws the controls from the "
+        "same cell type and file. Add controls, or remove these cells",
+        "'sim.simC': no file of dataset 'sim' has the cell type 'simC' (did you mean simB, "
+        "simA?); cell types: simA, simB",
+        "bad.pt: NaN or infinite values in 1 vector (SIM002)",
+        "bad.pt: 1 perturbation with a zero vector, which State cannot tell from the control "
+        f"(SIM003). {again}",
+        *(
+            f"1 of 11 perturbations in {name}.h5ad have no embedding in bad.pt (SIM001); "
+            f"cell-load would train them as control. {again} --from-toml"
+            for name in "ab"
+        ),
+        features="bad.pt",
+    )
+
+
+def test_the_features_file_is_checked_even_where_the_data_cannot_be(
+    refused: Refused, ready: Path
+) -> None:
+    toml(ready, TRAIN.replace("screen", "/nowhere/screen"))
+    torch.save({CONTROL: torch.zeros(2), "A": torch.tensor([1.0, float("inf")])}, ready / "bad.pt")
+    refused(
+        "dataset 'sim': no .h5 or .h5ad file at /nowhere/screen.h5ad; correct the path in "
+        "config.toml",
+        "bad.pt: NaN or infinite values in 1 vector (A)",
+        features="bad.pt",
+    )
+
+
+# --- obs columns --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flag", "wanted", "hint"),
+    [
+        ("--pert-col", "target_gen", " (did you mean target_gene?)"),
+        ("--cell-type-key", "celltype", " (did you mean cell_type?)"),
+        ("--batch-col", "x", ""),
+    ],
+)
+def test_column_that_is_missing_is_named_with_those_that_are_there(
+    refused: Refused, flag: str, wanted: str, hint: str
+) -> None:
+    advice = ""
+    if flag == "--batch-col":
+        advice = (
+            "; State does not use the batch unless you tell it to, but cell-load needs a column: "
+            "any one that every file has will do, e.g. --batch-col cell_type"
+        )
+    refused(
+        f"screen.h5ad has no obs column {wanted!r}{hint}; columns: batch_var, cell_type, "
+        f"target_gene. Choose one with {flag}{advice}",
+        args=(flag, wanted),
+    )
+
+
+@pytest.mark.parametrize("column", ["target_gene", "cell_type"])
+def test_column_that_is_not_categorical_is_refused(
+    refused: Refused, ready: Path, column: str
+) -> None:
+    with h5py.File(ready / "screen.h5ad", "r+") as file:
+        del file[f"obs/{column}"]
+        file[f"obs/{column}"] = ["a"] * len(file["obs/batch_var/codes"])
+    refused(
+        f"screen.h5ad: obs column '{column}' is not categorical, as cell-load needs it; write the "
+        f"file again after adata.obs['{column}'] = adata.obs['{column}']"
+        ".astype(str).astype('category')"
+    )
+
+
+@pytest.mark.parametrize("column", ["target_gene", "cell_type"])
+def test_labels_that_are_not_text_are_refused(
+    refused: Refused, ready: Path, screen: Any, column: str
+) -> None:
+    screen.obs[column] = pd.Categorical(screen.obs[column].cat.codes.astype("int64").to_numpy())
+    screen.write_h5ad(ready / "screen.h5ad")
+    refused(
+        f"screen.h5ad: obs column '{column}' holds int64 labels, not text; write the file again "
+        f"after adata.obs['{column}'] = adata.obs['{column}'].astype(str).astype('category')"
+    )
+
+
+def test_batch_column_is_found_under_its_usual_names(
+    accepted: Accepted, ready: Path, screen: Any
+) -> None:
+    for name in script.BATCH_COLUMNS:
+        data = screen.copy()
+        data.obs = data.obs.rename(columns={"batch_var": name})
+        data.write_h5ad(ready / "screen.h5ad")
+        assert f" data.kwargs.batch_col={name} " in accepted().out
+
+
+def test_without_a_batch_column_the_error_says_what_to_do_and_that_works(
+    refused: Refused, accepted: Accepted, ready: Path, screen: Any
+) -> None:
+    del screen.obs["batch_var"]
+    screen.write_h5ad(ready / "screen.h5ad")
+    refused(
+        "screen.h5ad has no obs column batch_var, gem_group, gemgroup, batch ...; columns: "
+        "cell_type, target_gene. Choose one with --batch-col; State does not use the batch unless "
+        "you tell it to, but cell-load needs a column: any one that every file has will do, e.g. "
+        "--batch-col cell_type"
+    )
+    assert "data.kwargs.batch_col=cell_type" in accepted(args=("--batch-col", "cell_type")).out
+
+
+def test_two_batch_columns_are_an_error_that_names_both(
+    refused: Refused, accepted: Accepted, ready: Path, screen: Any
+) -> None:
+    screen.obs["donor"] = screen.obs["batch_var"]
+    screen.write_h5ad(ready / "screen.h5ad")
+    refused(
+        "screen.h5ad has more than one obs column that could be meant: batch_var, donor. Choose "
+        "one with --batch-col; State does not use the batch unless you tell it to, but cell-load "
+        "needs a column: any one that every file has will do, e.g. --batch-col cell_type"
+    )
+    assert "data.kwargs.batch_col=donor" in accepted(args=("--batch-col", "donor")).out
+
+
+def test_batch_column_of_numbers_works(accepted: Accepted, ready: Path, screen: Any) -> None:
+    screen.obs["batch_var"] = np.arange(screen.n_obs) % 3
+    screen.write_h5ad(ready / "screen.h5ad")
+    accepted()
+    assert sum(real_splits(ready)["train"].values()) == 240
+
+
+# --- controls and cells without label -----------------------------------------------------------
+
+
+def test_control_label_that_no_cell_has_comes_with_the_nearest(refused: Refused) -> None:
+    refused(
+        "screen.h5ad: no cell has the control label 'nontarget' in obs column 'target_gene' (did "
+        "you mean non-targeting?). Name it with --control-pert; labels: SIM000, SIM000+SIM001, "
+        "SIM001, SIM002, SIM003, ...",
+        "features.pt was made for the control 'non-targeting', but this run's control is "
+        "'nontarget'; make it again, or correct --control-pert",
+        args=("--control-pert", "nontarget"),
+    )
+
+
+def test_cell_type_without_control_cells_is_refused(
+    refused: Refused, ready: Path, screen: Any
+) -> None:
+    bare = (screen.obs["target_gene"] == CONTROL) & (screen.obs["cell_type"] == "simB")
+    screen[~bare].write_h5ad(ready / "screen.h5ad")
+    refused(
+        "screen.h5ad: no control cell ('non-targeting') in simB; cell-load draws the controls from "
+        "the same cell type and file. Add controls, or remove these cells"
+    )
+
+
+def test_unused_cell_type_category_is_no_problem(
+    accepted: Accepted, ready: Path, screen: Any
+) -> None:
+    screen.obs["cell_type"] = screen.obs["cell_type"].cat.add_categories("simC")
+    screen.write_h5ad(ready / "screen.h5ad")
+    accepted()
+
+
+def test_cells_without_a_label_are_refused(refused: Refused, ready: Path, screen: Any) -> None:
+    screen.obs.loc[screen.obs_names[:7], "target_gene"] = None
+    screen.write_h5ad(ready / "screen.h5ad")
+    refused(
+        "screen.h5ad: 7 cells without a label in 'target_gene'; cell-load would train them as "
+        "'non-targeting'. Remove them, or label them"
+    )
+
+
+def test_file_in_which_no_cell_has_a_label_is_refused(
+    refused: Refused, ready: Path, screen: Any
+) -> None:
+    screen.obs["target_gene"] = pd.Categorical([None] * screen.n_obs, categories=np.array([], str))
+    with h5py.File(ready / "screen.h5ad", "r+") as file:
+        column = file["obs/target_gene"]
+        column["codes"][:] = -1
+        del column["categories"]
+        column.create_dataset("categories", shape=(0,), dtype=h5py.string_dtype())
+    refused(
+        "screen.h5ad: no cell has the control label 'non-targeting' in obs column 'target_gene'. "
+        "Name it with --control-pert; labels: none",
+        "screen.h5ad: 312 cells without a label in 'target_gene'. Remove them, or label them",
+        'no perturbed cell to train on: name a dataset under [training], e.g. NAME = "train"',
+    )
+
+
+def test_cells_without_a_cell_type_are_a_warning_and_not_counted(
+    accepted: Accepted, ready: Path, screen: Any
+) -> None:
+    screen.obs.loc[screen.obs_names[:3], "cell_type"] = None
+    screen.write_h5ad(ready / "screen.h5ad")
+    done = accepted("screen.h5ad: 3 cells without a cell type in 'cell_type' are not read")
+    assert plan(done)["data"] == "1 file, 30 genes, 309 cells"
+    assert plan(done)["train"] == "237 perturbed cells, 11 perturbations"
+    assert sum(real_splits(ready)["train"].values()) == 237
+
+
+# --- the features file --------------------------------------------------------------------------
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "features.pt", weights_only=True)
+
+
+def test_labels_without_a_vector_are_refused(refused: Refused, ready: Path) -> None:
+    features = stored(ready)
+    for label in LABELS[2:9]:
+        del features[label]
+    torch.save(features, ready / "bad.pt")
+    refused(
+        "7 of 11 perturbations in screen.h5ad have no embedding in bad.pt (SIM002, SIM003, SIM004, "
+        "SIM005, SIM006, ...); cell-load would train them as control. Make the file again with "
+        "create_esm_pert_features.py --from-toml",
+        features="bad.pt",
+    )
+
+
+@pytest.mark.parametrize(
+    ("vector", "shapes"),
+    [
+        (torch.ones(9), "(8,), (9,)"),
+        (torch.ones(1, 8), "(1, 8), (8,)"),
+        (torch.tensor(1.0), "(), (8,)"),
+    ],
+)
+def test_vectors_of_different_shapes_are_refused(
+    refused: Refused, ready: Path, vector: torch.Tensor, shapes: str
+) -> None:
+    torch.save({**stored(ready), "SIM002": vector}, ready / "bad.pt")
+    refused(f"bad.pt: expected vectors of one width, found shapes {shapes}", features="bad.pt")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_values_that_are_not_finite_are_refused(
+    refused: Refused, ready: Path, value: float
+) -> None:
+    features = stored(ready)
+    features["SIM002"][7] = features["SIM009"][0] = value
+    torch.save(features, ready / "bad.pt")
+    refused("bad.pt: NaN or infinite values in 2 vectors (SIM002, SIM009)", features="bad.pt")
+
+
+def test_zero_vectors_are_refused(refused: Refused, ready: Path) -> None:
+    features = stored(ready)
+    features["SIM002"][:] = 0
+    features["SIM009"][:] = 0
+    torch.save(features, ready / "bad.pt")
+    refused(
+        "bad.pt: 2 perturbations with a zero vector, which State cannot tell from the control "
+        "(SIM002, SIM009). Make the file again with create_esm_pert_features.py",
+        features="bad.pt",
+    )
+
+
+def test_zero_vectors_that_were_chosen_are_a_warning(
+    accepted: Accepted, ready: Path, create: Callable[..., Result]
+) -> None:
+    table = torch.load(ready / "table.pt", weights_only=True)
+    del table["SIM005"]
+    torch.save(table, ready / "table.pt")
+    make_features(create, "--missing", "zero")
+    accepted(
+        "features.pt: 1 perturbation with a zero vector, which State cannot tell from the control "
+        "(SIM005), as --missing zero chose"
+    )
+
+
+class Planted:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.marker,)
+
+
+def test_features_file_with_code_in_it_is_refused_and_not_executed(
+    refused: Refused, ready: Path
+) -> None:
+    marker = ready / "executed"
+    torch.save({**stored(ready), "SIM002": Planted(marker)}, ready / "bad.pt")
+    (ready / "plain.pt").write_bytes(pickle.dumps(Planted(marker)))
+    for name in ("bad.pt", "plain.pt"):
+        refused(
+            f"{name} was refused without running it: it is no file of torch.save, or it holds "
+            "pickled Python objects beside tensors, and loading those can execute code. Save it "
+            "again as a plain {symbol: torch.Tensor} dict",
+            features=name,
+        )
+        assert not marker.exists()
+    torch.load(ready / "bad.pt", weights_only=False)
+    assert marker.exists()  # it would have run
+
+
+@pytest.mark.parametrize(
+    "content", [[torch.ones(8)], torch.ones(8), {}, {"SIM000": 1.0}, {0: torch.ones(8)}]
+)
+def test_features_file_that_is_no_dict_of_tensors_is_refused(
+    refused: Refused, ready: Path, content: object
+) -> None:
+    torch.save(content, ready / "bad.pt")
+    refused("bad.pt is no features file: expected a dict of label -> tensor", features="bad.pt")
+
+
+def test_features_file_cut_short_is_refused(train: Train, ready: Path) -> None:
+    whole = (ready / "features.pt").read_bytes()
+    (ready / "bad.pt").write_bytes(whole[: len(whole) // 2])
+    done = train(features="bad.pt")
+    assert (done.code, done.out) == (1, "")
+    assert re.fullmatch(
+        r"error: bad\.pt (was refused without running|cannot be read as).*\n", done.err
+    )
+
+
+NO_MANIFEST = (
+    "{} has no manifest of create_esm_pert_features.py: nothing tells where its vectors come from"
+)
+
+
+def test_features_file_without_manifest_and_control_is_a_warning_each(
+    accepted: Accepted, ready: Path
+) -> None:
+    """As the file that the challenge ships."""
+    features = stored(ready)
+    del features[CONTROL]
+    torch.save(features, ready / "official.pt")
+    accepted(
+        NO_MANIFEST.format("official.pt"),
+        "official.pt has no control 'non-targeting': cell-load gives it zeros",
+        features="official.pt",
+    )
+
+
+@pytest.mark.parametrize("change", ["other bytes", "other format", "no json"])
+def test_manifest_that_is_not_of_this_file_counts_as_none(
+    accepted: Accepted, ready: Path, change: str
+) -> None:
+    features, manifest = ready / "features.pt", ready / "features.pt.json"
+    if change == "other bytes":
+        features.write_bytes(features.read_bytes() + b"\0")
+    elif change == "other format":
+        manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": 0}))
+    else:
+        manifest.write_text("{")
+    accepted(NO_MANIFEST.format("features.pt"))
+
+
+def test_features_made_for_another_control_are_refused(
+    refused: Refused, ready: Path, create: Callable[..., Result]
+) -> None:
+    (ready / "g.txt").write_text("\n".join(LABELS))
+    table = torch.load(ready / "table.pt", weights_only=True)
+    torch.save({**table, CONTROL: torch.ones(8)}, ready / "table.pt")
+    make_features(create, "--gene-list", "g.txt")
+    done = create(
+        *("--gene-list", "g.txt", "--all-genes", "--control-pert", "ctrl"),
+        *("--esm-embeddings", "table.pt", "--output", "ctrl.pt"),
+    )
+    assert done.code == 0, done.err
+    refused(
+        "ctrl.pt was made for the control 'ctrl', but this run's control is 'non-targeting'; make "
+        "it again, or correct --control-pert",
+        features="ctrl.pt",
+    )
+
+
+def test_ablation_is_announced_before_everything_else(
+    train: Train, ready: Path, create: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_features(create, "--ablation", "shuffle", "--seed", 7)
+    for name in ("two", "unused"):
+        shutil.copy(ready / "screen.h5ad", ready / f"{name}.h5ad")
+    paths = '\n[datasets]\nsim = "screen.h5ad"\ntwo = "two.h5ad"\nunused = "unused.h5ad"\n'
+    toml(ready, f'{paths}[training]\nsim = "train"\ntwo = "train"\n')
+    monkeypatch.delenv("PYTHONHASHSEED")
+    done = train()
+    assert done.code == 0
+    first, *others = done.err.splitlines()
+    assert first == "ABLATION: shuffle, seed 7: not real features"
+    assert [x.split(", ")[0] for x in others if x.startswith("warning: ")] == [
+        "warning: two or more datasets",
+        "warning: dataset 'unused' is in [datasets] but not in [training]",
+        "warning: no validation cells: nothing is validated and no best.ckpt is chosen. Keep some "
+        "genes back: in the TOML",
+    ]
+    assert "ABLATION" not in "".join(others)
+
+
+# --- genes --------------------------------------------------------------------------------------
+
+
+def mixed_up(what: str) -> str:
+    return (
+        f"a.h5ad and b.h5ad do not have the same genes in the same order: {what}; cell-load would "
+        "train on mixed-up genes. Write them with the same var_names"
+    )
+
+
+def test_genes_in_another_order_are_refused(refused: Refused, ready: Path, screen: Any) -> None:
+    order = np.arange(30)
+    order[[4, 20]] = order[[20, 4]]
+    two_files(ready, screen, screen[:, order].copy())
+    what = "2 positions: SIMREADOUT004/SIMREADOUT020, SIMREADOUT020/SIMREADOUT004"
+    refused(mixed_up(f"the same genes in another order ({what})"))
+
+
+def test_other_genes_are_refused(refused: Refused, ready: Path, screen: Any) -> None:
+    other = screen.copy()
+    other.var_names = [*screen.var_names[:29], "ELSE"]
+    two_files(ready, screen, other)
+    refused(mixed_up("other genes (1 position: SIMREADOUT029/ELSE)"))
+
+
+def test_another_number_of_genes_is_refused(refused: Refused, ready: Path, screen: Any) -> None:
+    two_files(ready, screen, screen[:, :29].copy())
+    refused(mixed_up("29 columns against 30"))
+
+
+def test_genes_are_compared_between_datasets_too(
+    refused: Refused, ready: Path, screen: Any
+) -> None:
+    two_files(ready, screen, screen[:, :29].copy())
+    toml(ready, '[datasets]\na = "a.h5ad"\nb = "b.h5ad"\n[training]\na = "train"\nb = "train"\n')
+    refused(mixed_up("29 columns against 30"))
+
+
+def test_width_of_an_embedding_is_compared_between_files(
+    refused: Refused, ready: Path, screen: Any
+) -> None:
+    other = screen.copy()
+    screen.obsm["X_pca"], other.obsm["X_pca"] = np.ones((312, 5)), np.ones((312, 4))
+    two_files(ready, screen, other)
+    refused(mixed_up("4 columns against 5"), args=("--embed-key", "X_pca"))
+
+
+def test_gene_names_that_cell_load_does_not_find_are_refused(
+    refused: Refused, ready: Path, screen: Any
+) -> None:
+    screen.var.index.name = "symbol"
+    screen.write_h5ad(ready / "screen.h5ad")
+    refused(
+        "screen.h5ad: cell-load finds no gene names (it looks for var/gene_name and var/_index); "
+        "write the file again after adata.var.index.name = None"
+    )
+    with pytest.raises(KeyError):
+        real_dataset(ready / "screen.h5ad").get_gene_names()
+
+
+def real_dataset(path: Path) -> Any:
+    from cell_load.dataset import PerturbationDataset
+    from cell_load.mapping_strategies import RandomMappingStrategy
+    from cell_load.utils.data_utils import GlobalH5MetadataCache
+
+    GlobalH5MetadataCache()._cache.clear()  # one process, many files of one name
+    return PerturbationDataset(
+        name="sim",
+        h5_path=path,
+        mapping_strategy=RandomMappingStrategy(),
+        pert_col="target_gene",
+        batch_col="batch_var",
+        embed_key=None,
+        output_space="all",
+    )
+
+
+@pytest.mark.parametrize(
+    ("var", "index"),
+    [
+        ({}, None),
+        ({"gene_name": "plain"}, None),
+        ({"gene_name": "categorical"}, None),
+        ({"gene_name": "categorical"}, "symbol"),
+        ({}, "gene_name"),
+        ({}, "gene_name_index"),
+        ({"feature": "plain"}, "symbol"),
+        ({"feature": "plain"}, None),
+        ({"gene_name": "plain", "feature": "plain"}, "gene_name_index"),
+    ],
+)
+def test_gene_names_are_those_that_cell_load_reads(
+    ready: Path, screen: Any, var: Mapping[str, str], index: str | None
+) -> None:
+    for column, kind in var.items():
+        names = [f"{column} {i // 2}" for i in range(30, 0, -1)]
+        screen.var[column] = pd.Categorical(names) if kind == "categorical" else names
+    screen.var.index.name = index
+    screen.strings_to_categoricals = lambda *_: None  # write plain text as plain text
+    path = ready / "other.h5ad"
+    screen.write_h5ad(path)
+    with h5py.File(path) as file:
+        ours = script.gene_names(file)
+    assert ours == real_dataset(path).get_gene_names()
+    assert len(ours) == 30
+
+
+# --- X ------------------------------------------------------------------------------------------
+
+
+def test_csc_storage_is_refused(refused: Refused, ready: Path, screen: Any) -> None:
+    screen.X = scipy.sparse.csc_matrix(screen.X)
+    screen.write_h5ad(ready / "screen.h5ad")
+    refused(
+        "screen.h5ad: X is stored as csc_matrix; cell-load reads csr_matrix or a dense array. "
+        "Write the file again with adata.X = adata.X.tocsr()"
+    )
+
+
+def test_file_without_x_is_refused(refused: Refused, ready: Path, screen: Any) -> None:
+    screen.obsm["X_pca"] = np.ones((312, 5))
+    screen.X = None
+    screen.write_h5ad(ready / "screen.h5ad")
+    refused("screen.h5ad has no X; obsm: X_pca. Choose with --embed-key")
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "int32"])
+def test_raw_counts_are_a_warning(
+    accepted: Accepted, ready: Path, screen: Any, dense: bool, dtype: str
+) -> None:
+    counts = np.round(screen.X.toarray() * 10).astype(dtype)
+    screen.X = counts if dense else scipy.sparse.csr_matrix(counts)
+    screen.write_h5ad(ready / "screen.h5ad")
+    largest = int((counts[:100] if dense else counts).max())  # a sample of a dense file is read
+    accepted(
+        f"screen.h5ad: X looks like raw counts (whole numbers up to {largest}); State expects "
+        "log1p-normalised values: scanpy.pp.normalize_total, then scanpy.pp.log1p"
+    )
+
+
+def test_dense_log1p_data_is_no_warning(accepted: Accepted, ready: Path, screen: Any) -> None:
+    screen.X = screen.X.toarray()
+    screen.write_h5ad(ready / "screen.h5ad")
+    accepted()
+
+
+def test_raw_counts_behind_an_embedding_do_not_matter(
+    accepted: Accepted, ready: Path, screen: Any
+) -> None:
+    screen.X = np.ones((312, 30), "float32")
+    screen.obsm["X_pca"] = np.full((312, 5), 2.0, "float32")  # whole numbers, no counts
+    screen.write_h5ad(ready / "screen.h5ad")
+    accepted(args=("--embed-key", "X_pca", "--output-space", "gene"))
+
+
+def test_log1p_mark_in_some_files_only_is_refused(
+    refused: Refused, ready: Path, screen: Any
+) -> None:
+    other = screen.copy()
+    del other.uns["log1p"]
+    two_files(ready, screen, other)
+    refused(
+        "some files carry uns/log1p and some do not (b.h5ad), which cell-load refuses; if those "
+        "too are log1p-normalised, write them again after adata.uns['log1p'] = {}"
+    )
+
+
+def test_embed_key_that_is_missing_is_named_with_those_that_are_there(
+    refused: Refused, ready: Path, screen: Any
+) -> None:
+    refused(
+        "screen.h5ad has no obsm/X_uce; obsm: none. Choose with --embed-key",
+        args=("--embed-key", "X_uce"),
+    )
+    screen.obsm["X_pca"] = np.ones((312, 5))
+    screen.write_h5ad(ready / "screen.h5ad")
+    refused(
+        "screen.h5ad has no obsm/X_uce; obsm: X_pca. Choose with --embed-key",
+        args=("--embed-key", "X_uce"),
+    )
+
+
+# --- splits -------------------------------------------------------------------------------------
+
+
+def test_no_cell_to_train_on_is_refused(refused: Refused, ready: Path) -> None:
+    toml(ready, f'{TRAIN}[zeroshot]\n"sim.simA" = "val"\n"sim.simB" = "test"\n')
+    refused('no perturbed cell to train on: name a dataset under [training], e.g. NAME = "train"')
+
+
+def with_advice(text: str, header: str, line: str) -> str:
+    """`text` with `line` put under `header`, as a person would do it."""
+    if header in text.splitlines():
+        return text.replace(f"{header}\n", f"{header}\n{line}\n")
+    return f"{text}{header}\n{line}\n"
+
+
+@pytest.mark.parametrize(
+    ("held", "consequence", "header"),
+    [
+        ("", "nothing is validated and no best.ckpt is chosen", '[fewshot."sim.simA"]'),
+        (
+            '[zeroshot]\n"sim.simB" = "test"\n[fewshot."sim.simA"]\ntest = ["SIM004"]\n',
+            "cell-load validates on the test cells, so best.ckpt is chosen on them",
+            '[fewshot."sim.simA"]',
+        ),
+        (
+            '[zeroshot]\n"sim.simA" = "test"\n',
+            "cell-load validates on the test cells, so best.ckpt is chosen on them",
+            '[fewshot."sim.simB"]',
+        ),
+    ],
+)
+def test_no_validation_cells_is_a_warning_whose_advice_works(
+    accepted: Accepted, ready: Path, held: str, consequence: str, header: str
+) -> None:
+    toml(ready, TRAIN + held)
+    line = 'val = ["SIM000", "SIM000+SIM001"]'
+    accepted(
+        f"no validation cells: {consequence}. Keep some genes back: in the TOML, under {header} "
+        f"on a line of its own, {line}"
+    )
+    toml(ready, with_advice(TRAIN + held, header, line))
+    assert plan(accepted())["val"] == "24 perturbed cells, 2 perturbations"
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ('[zeroshot]\n"sim.simC" = "test"\n', " (did you mean simB, simA?)"),
+        ('[fewshot."sim.HepG2"]\nval = ["SIM001"]\n', ""),
+    ],
+)
+def test_held_out_cell_type_that_no_file_has_is_refused(
+    refused: Refused, ready: Path, text: str, hint: str
+) -> None:
+    toml(ready, TRAIN + text)
+    name = re.findall(r"sim\.(\w+)", text)[0]
+    refused(
+        f"'sim.{name}': no file of dataset 'sim' has the cell type '{name}'{hint}; cell types: "
+        "simA, simB"
+    )
+
+
+def test_held_out_label_that_no_file_has_is_a_warning(accepted: Accepted, ready: Path) -> None:
+    toml(ready, f'{TRAIN}[fewshot."sim.simA"]\nval = ["SIM003"]\ntest = ["SIM0004"]\n')
+    accepted(
+        "[fewshot.\"sim.simA\"] 'SIM0004' is in no file: probably a typo (did you mean SIM004, "
+        "SIM000, SIM009?)"
+    )
+
+
+def test_label_that_is_both_val_and_test_is_a_warning(accepted: Accepted, ready: Path) -> None:
+    toml(ready, f'{TRAIN}[fewshot."sim.simA"]\nval = ["SIM003", "SIM001"]\ntest = ["SIM001"]\n')
+    done = accepted('[fewshot."sim.simA"] SIM001: both val and test')
+    assert plan(done)["val"] == "24 perturbed cells, 2 perturbations"
+    assert plan(done)["test"] == "12 perturbed cells, 1 perturbations"
+
+
+NO_CONTROLS = "data.kwargs.should_yield_control_cells=false"
+
+
+def test_part_without_perturbed_cells_is_refused_where_cell_load_crashes_on_it(
+    refused: Refused, accepted: Accepted, ready: Path
+) -> None:
+    toml(ready, f'{TRAIN}[zeroshot]\n"sim.simA" = "val"\n')
+    accepted()
+    refused(
+        "screen.h5ad: no perturbed cell of 'simA' is left for training, on which cell-load crashes "
+        f"with {NO_CONTROLS}; leave it true",
+        args=(NO_CONTROLS,),
+    )
+    with pytest.raises(ValueError, match="zero-size array"):
+        next(iter(data_module(ready, should_yield_control_cells=False).train_dataloader()))
+    next(iter(data_module(ready).train_dataloader()))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        TRAIN + HELD,
+        f'{DATASETS}[fewshot."sim.simA"]\nval = ["SIM003"]\n',  # simB is in no split
+        f'{TRAIN}[zeroshot]\n"sim.simA" = "train"\n[fewshot."sim.simB"]\nval = ["SIM003"]\n',
+    ],
+)
+def test_perturbed_cells_alone_are_accepted_where_cell_load_can_do_it(
+    accepted: Accepted, ready: Path, text: str
+) -> None:
+    toml(ready, text)
+    accepted(args=(NO_CONTROLS,))
+    next(iter(data_module(ready, should_yield_control_cells=False).train_dataloader()))
+
+
+def data_module(folder: Path, config: str = "config.toml", **settings: Any) -> Any:
+    """The real cell-load data module, set up for fitting."""
+    from cell_load.data_modules import PerturbationDataModule
+    from cell_load.utils.data_utils import GlobalH5MetadataCache
+
+    GlobalH5MetadataCache()._cache.clear()  # it knows files by name, whatever is in them
+    module = PerturbationDataModule(
+        toml_config_path=str(folder / config),
+        batch_size=2,
+        num_workers=0,
+        pert_col="target_gene",
+        batch_col="batch_var",
+        cell_type_key="cell_type",
+        control_pert=CONTROL,
+        embed_key=None,
+        output_space="all",
+        perturbation_features_file=str(folder / "features.pt"),
+        cell_sentence_len=4,
+        **settings,
+    )
+    module.setup(stage="fit")
+    return module
+
+
+def real_splits(folder: Path, config: str = "config.toml") -> dict[str, dict[str, int]]:
+    """{split: {label: perturbed cells}} as cell-load splits them."""
+    module = data_module(folder, config)
+    splits = {}
+    for split in ("train", "val", "test"):
+        tally: collections.Counter[str] = collections.Counter()
+        for subset in getattr(module, f"{split}_datasets"):
+            codes = subset.dataset.metadata_cache.pert_codes[subset.indices]
+            tally.update(map(str, subset.dataset.pert_categories[codes]))
+        splits[split] = {k: v for k, v in tally.items() if k != CONTROL}
+    return splits
+
+
+@pytest.mark.parametrize(
+    ("held", "cells"),
+    [
+        ("", (264, 0, 0)),
+        ('[zeroshot]\n"sim.simA" = "test"\n', (132, 0, 132)),
+        ('[zeroshot]\n"sim.simA" = "val"\n"sim.simB" = "train"\n', (132, 132, 0)),
+        (HELD, (240, 12, 12)),
+        ('[fewshot."sim.simA"]\ntest = ["SIM000+SIM001", "SIM001"]\n', (240, 0, 24)),
+        ('[fewshot."sim.simA"]\nval = ["SIM001"]\ntest = ["SIM001", "SIM002"]\n', (240, 12, 24)),
+        ('[fewshot."sim.simA"]\ntrain = ["SIM001"]\nval = ["SIM002"]\n', (252, 12, 0)),
+        (f'{HELD}[zeroshot]\n"sim.simB" = "val"\n', (108, 144, 12)),
+        (f'{HELD}[zeroshot]\n"sim.simA" = "test"\n', (132, 0, 132)),
+        (f'{HELD}[fewshot."sim.simB"]\nval = ["SIM003"]\ntest = ["SIM004"]\n', (216, 24, 24)),
+        (f'{HELD}[fewshot."sim.simB"]\nval = ["SIM003", "non-targeting"]\n', (228, 24, 12)),
+    ],
+)
+@pytest.mark.parametrize("trains", [True, False])
+def test_splits_are_those_of_the_data_module(
+    ready: Path, held: str, cells: tuple[int, int, int], trains: bool
+) -> None:
+    toml(ready, (TRAIN if trains else DATASETS) + held)
+    found = script.Findings()
+    stock = script.compose([])["data"]["kwargs"]
+    data = script.inspect_data(Path("config.toml"), {}, stock, found)
+    if trains:
+        assert data is not None
+        assert tuple(sum(data.splits[s].values()) for s in ("train", "val", "test")) == cells
+    if held:
+        assert data is not None
+        assert data.splits == real_splits(ready)
+    else:
+        assert (data is None) == (not trains)
+
+
+def test_splits_of_two_datasets_are_those_of_the_data_module(ready: Path, screen: Any) -> None:
+    two_files(ready, screen, screen[::2].copy())
+    toml(
+        ready,
+        '[datasets]\na = "a.h5ad"\nb = "b.h5ad"\n[training]\na = "train"\n'
+        '[zeroshot]\n"b.simA" = "test"\n[fewshot."a.simB"]\nval = ["SIM003"]\n',
+    )
+    stock = script.compose([])["data"]["kwargs"]
+    data = script.inspect_data(Path("config.toml"), {}, stock, script.Findings())
+    assert data is not None
+    assert data.splits == real_splits(ready)
+    assert {k: sum(v.values()) for k, v in data.splits.items()} == {
+        "train": 252,
+        "val": 12,
+        "test": 66,
+    }
+
+
+# --- disk space ---------------------------------------------------------------------------------
+
+
+def with_free_space(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    usage = collections.namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(10**15, 0, free))
+
+
+def test_too_little_space_for_the_checkpoints_is_refused(
+    refused: Refused, accepted: Accepted, ready: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = ("--max-steps", 100, "--ckpt-every-n-steps", 40)
+    each = script.checkpoint_bytes(script.compose(["model=state_sm"]), 30, 8)
+    assert each is not None
+    with_free_space(monkeypatch, 6 * each)
+    accepted(args=args)
+    with_free_space(monkeypatch, 6 * each - 1)
+    refused(
+        f"not enough space in {ready}: 6 checkpoints of 0.47 GB need 2.8 GB, 2.8 GB are free. Free "
+        "some, choose another --output-dir, or write fewer with --ckpt-every-n-steps",
+        args=args,
+    )
+
+
+def test_enormous_checkpoints_do_not_fit_on_the_real_disk(tmp_path: Path) -> None:
+    found = script.Findings()
+    script.check_disk(10**18, 0, tmp_path / "not" / "yet" / "there", found)
+    assert len(found.problems) == 1
+    assert re.fullmatch(
+        rf"not enough space in {re.escape(str(tmp_path))}: 4 checkpoints of 1000000000\.00 GB need "
+        rf"4000000000\.0 GB, \d+\.\d GB are free\. Free some, choose another --output-dir, or "
+        r"write fewer with --ckpt-every-n-steps",
+        found.problems[0],
+    )
+
+
+SMALL_OVERRIDES = (
+    "model.kwargs.hidden_dim=96",
+    "model.kwargs.n_encoder_layers=2",
+    "model.kwargs.n_decoder_layers=2",
+    "model.kwargs.transformer_backbone_kwargs.head_dim=12",
+    "model.kwargs.transformer_backbone_kwargs.intermediate_size=192",
+)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "width", "pert_width"),
+    [
+        (("model=state_sm",), 18_080, 5_120),
+        (("model=state_sm",), 200, 64),
+        (("model=state_sm", "data.kwargs.output_space=gene"), 2_000, 1_280),
+        (("model=state",), 18_080, 5_120),
+        (("model=state",), 2_000, 320),
+        (("model=state_lg",), 18_080, 5_120),
+        (("model=state_lg",), 500, 1_280),
+        (("model=state_sm", *SMALL_OVERRIDES), 30, 8),
+        (("model=state_sm", *SMALL_OVERRIDES), 18_080, 5_120),
+        (("model=state_sm", *SMALL_OVERRIDES, "model.kwargs.n_encoder_layers=1"), 200, 64),
+    ],
+)
+def test_size_of_a_checkpoint_is_that_of_the_real_model(
+    overrides: tuple[str, ...], width: int, pert_width: int
+) -> None:
+    from state.tx.utils import get_lightning_module
+
+    stock = script.compose(overrides)
+    dims = {"input_dim": width, "gene_dim": width, "hvg_dim": width, "output_dim": width}
+    names = {"gene_names": [f"G{i}" for i in range(width)], "pert_dim": pert_width, "batch_dim": 3}
+    with torch.device("meta"):
+        model = get_lightning_module(
+            stock["model"]["name"],
+            stock["data"]["kwargs"],
+            stock["model"]["kwargs"],
+            stock["training"],
+            {**dims, **names},
+        )
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    trained = sum(n for n, grad in sizes if grad)
+    frozen = sum(n for n, grad in sizes if not grad)
+    real = 4 * (3 * trained + frozen)
+    assert script.checkpoint_bytes(stock, width, pert_width) == pytest.approx(real, rel=0.02)
+
+
+def test_state_sm_of_the_challenge_takes_the_size_that_was_measured() -> None:
+    """162 million parameters, about 1.8 GB with Adam."""
+    size = script.checkpoint_bytes(script.compose(["model=state_sm"]), 18_080, 5_120)
+    assert size == pytest.approx(1.8e9, rel=0.05)
+
+
+def test_size_of_a_model_that_is_not_state_is_unknown_and_not_checked(
+    accepted: Accepted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert script.checkpoint_bytes(script.compose(["model=embedsum"]), 30, 8) is None
+    with_free_space(monkeypatch, 0)
+    accepted(args=("--model", "embedsum"))
+
+
+# --- loader workers -----------------------------------------------------------------------------
+
+
+def machine(monkeypatch: pytest.MonkeyPatch, cores: int, memory: int) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+    monkeypatch.setattr(script, "available_memory", lambda: memory)
+
+
+def workers_of(done: Result) -> int:
+    found = re.findall(r"data\.kwargs\.num_workers=(\d+)", done.out)
+    assert plan(done)["workers"] == found[0]
+    return int(found[0])
+
+
+@pytest.mark.parametrize(("cores", "expected"), [(1, 1), (3, 3), (12, 12), (64, 12)])
+def test_workers_are_at_most_the_cores_and_twelve(
+    accepted: Accepted, monkeypatch: pytest.MonkeyPatch, cores: int, expected: int
+) -> None:
+    machine(monkeypatch, cores, 2**60)
+    assert workers_of(accepted()) == expected
+
+
+# a worker of this screen: 312 cached rows and 4 batches of 16 sets of 128 + 128 cells, x 30 genes
+ONE_WORKER = 4 * 30 * (312 + 4 * 16 * 256)
+
+
+@pytest.mark.parametrize(
+    ("memory", "expected"),
+    [(20 * ONE_WORKER, 5), (20 * ONE_WORKER - 1, 4), (4 * ONE_WORKER - 1, 0), (-(10**6), 0)],
+)
+def test_workers_fit_in_half_of_the_memory_with_those_of_validation(
+    accepted: Accepted, monkeypatch: pytest.MonkeyPatch, memory: int, expected: int
+) -> None:
+    machine(monkeypatch, 64, memory)
+    assert workers_of(accepted()) == expected
+
+
+def test_without_validation_the_memory_is_for_the_training_workers(
+    train: Train, ready: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toml(ready, TRAIN)
+    machine(monkeypatch, 64, 20 * ONE_WORKER)
+    assert workers_of(train()) == 10
+
+
+def test_a_worker_caches_at_most_ten_thousand_rows() -> None:
+    one = script.DataFile("d", Path("x"), ["a"], ["t"], np.array([[10**6]]), [], 18_080, True)
+    columns = script.Columns("p", "b", "t", CONTROL)
+    data = script.Data(None, columns, [one], {"train": {}, "val": {}, "test": {}})  # type: ignore[arg-type]
+    stock = script.compose(["model=state_sm", "training.batch_size=1"])
+    each = 4 * 18_080 * (10_000 + 4 * 256)
+    with pytest.MonkeyPatch.context() as patch:
+        machine(patch, 64, 2 * 7 * each)
+        assert script.choose_workers(stock, data) == 7
+        machine(patch, 64, 2 * 7 * each - 1)
+        assert script.choose_workers(stock, data) == 6
+
+
+def test_number_of_workers_that_was_given_is_kept(
+    accepted: Accepted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(monkeypatch, 64, 0)
+    assert workers_of(accepted(args=("--num-workers", 9))) == 9
+    assert workers_of(accepted(args=("data.kwargs.num_workers=8",))) == 8
+
+
+def test_available_memory_is_no_more_than_the_machine_reports() -> None:
+    reported = re.findall(r"MemTotal:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    assert 2**20 < script.available_memory() < int(reported[0]) * 1024
+
+
+def test_warnings_are_said_before_the_problems(train: Train, ready: Path, screen: Any) -> None:
+    toml(ready, '[datasets]\nsim = "screen.h5ad"\n[training]\nsim = "train"\n')
+    (ready / "features.pt").unlink()
+    done = train()
+    assert done.code == 1
+    first, *rest = done.err.splitlines()
+    assert first.startswith("warning: no validation cells: nothing is validated"), done.err
+    assert rest == [f"error: no such features file: features.pt (looked in {ready})"]

@@ -1,0 +1,588 @@
+"""From flags and Hydra overrides to the stock configuration and the stock command."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import toml
+from conftest import ROOT, Result, run_script
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import create_esm_pert_features
+import train_with_esm_features as script
+
+Train = Callable[..., Result]
+CONTROL = "non-targeting"
+FILES = ("--config", "config.toml", "--pert-features", "features.pt")
+
+
+@pytest.fixture
+def ready(project: Path, create: Callable[..., Result]) -> Path:
+    """The project, with features.pt by create_esm_pert_features.py."""
+    make_features(create)
+    return project
+
+
+def make_features(create: Callable[..., Result], *arguments: object) -> None:
+    where = ("--esm-embeddings", "table.pt", "--output", "features.pt")
+    done = create("--from-toml", "config.toml", *where, *arguments)
+    assert done.code == 0, done.err
+
+
+@pytest.fixture
+def train(
+    ready: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Train:
+    """Run train_with_esm_features.main([..., '--dry-run']), which must write nothing."""
+    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+
+    def run(*arguments: object) -> Result:
+        capsys.readouterr()
+        words = [*FILES, "--dry-run", *map(str, arguments)]
+        try:
+            code = script.main(words)
+        except SystemExit as usage:  # argparse
+            code = int(usage.code or 0)
+        assert not (ready / "runs").exists()
+        return Result(code, *capsys.readouterr())
+
+    return run
+
+
+def stock_overrides(done: Result) -> list[str]:
+    """The overrides of the stock command that a dry run printed."""
+    assert done.code == 0, done.err
+    words = shlex.split(done.out)
+    assert words[:3] == ["state", "tx", "train"]
+    return words[3:]
+
+
+def stock_configuration(done: Result) -> dict[str, Any]:
+    """{key: value} of what `state tx train` makes of the printed command."""
+    from omegaconf import OmegaConf
+    from state.__main__ import load_hydra_config
+
+    cfg = load_hydra_config("tx", stock_overrides(done))
+    return script.flat(OmegaConf.to_container(cfg, resolve=True))
+
+
+def two_datasets(folder: Path) -> None:
+    (folder / "two.h5ad").write_bytes((folder / "screen.h5ad").read_bytes())
+    (folder / "config.toml").write_text(
+        '[datasets]\nsim = "screen.h5ad"\ntwo = "two.h5ad"\n[training]\nsim = "train"\n'
+        'two = "train"\n[fewshot."sim.simA"]\nval = ["SIM003"]\n'
+    )
+
+
+# --- text that survives Hydra's grammar ---------------------------------------------------------
+
+AWKWARD = st.text() | st.text(alphabet="a1.e-_ '\"\\{}[]()$,:=+@#~%*?/\n\tné日", max_size=12)
+
+
+EXAMPLES = ["", "null", "NULL", "true", "nan", "-inf", "123", "1e5", ".5", ".1e3", "0x1F", "1_000"]
+EXAMPLES += [
+    "it's",
+    '5" {a, b}',
+    "ends in \\",
+    "\\'",
+    "\\\\'\\",
+    "[a,b]",
+    " spaces ",
+    "Médian",
+    "aé",
+]
+EXAMPLES += ["${oc.env:HOME}", "\\${x}", "$${x}\\", "${", "A+B|C", "a=b", "#", "~", "a\nb"]
+
+
+def test_awkward_text_comes_out_of_the_stock_configuration_as_it_went_in() -> None:
+    wanted = {f"k{i}": text for i, text in enumerate(EXAMPLES)}
+    overrides = script.overrides_of({f"+new.{k}": text for k, text in wanted.items()})
+    assert script.compose(overrides)["new"] == wanted
+
+
+@settings(max_examples=300, deadline=None)
+@given(AWKWARD)
+def test_any_text_survives_the_grammar_of_hydra_and_omegaconf(text: str) -> None:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from omegaconf import OmegaConf
+
+    (override,) = script.overrides_of({"data.kwargs.control_pert": text})
+    value = OverridesParser.create().parse_override(override).value()
+    resolved = OmegaConf.to_container(OmegaConf.create({"k": value}), resolve=True)
+    assert resolved == {"k": text}
+    assert script.typed_settings([override]).keys() == {"data.kwargs.control_pert"}
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(AWKWARD, max_size=12))
+@example(EXAMPLES)
+@example([])
+def test_lists_of_text_come_out_as_they_went_in(texts: list[str]) -> None:
+    assert script.compose(script.overrides_of({"wandb.tags": texts}))["wandb"]["tags"] == texts
+
+
+@pytest.mark.parametrize("value", [None, True, False, 0, -3, 10**12, 0.0001, [1, 2], [None, "a b"]])
+def test_values_that_are_not_text_keep_their_type(value: object) -> None:
+    composed = script.compose(script.overrides_of({"wandb.tags": value}))["wandb"]["tags"]
+    assert composed == value
+    assert type(composed) is type(value)
+
+
+@pytest.mark.parametrize("control", ["it's {a}, \"b\\", "NULL ctrl: é [1]", "null", "1e5"])
+def test_awkward_control_label_reaches_the_stock_command(
+    train: Train, ready: Path, screen: Any, create: Callable[..., Result], control: str
+) -> None:
+    screen.obs["target_gene"] = screen.obs["target_gene"].cat.rename_categories({CONTROL: control})
+    screen.write_h5ad(ready / "screen.h5ad")
+    make_features(create, "--control-pert", control)
+    done = train("--control-pert", control)
+    assert stock_configuration(done)["data.kwargs.control_pert"] == control
+    assert f"batch batch_var, control {control}\n" in done.err
+
+
+# --- flags, overrides and which of them wins ----------------------------------------------------
+
+
+def test_what_is_not_given_is_stock(train: Train) -> None:
+    """All that differs from stock is what the data, the names and the defaults decide."""
+    default = script.flat(
+        script.compose([]) | {"model": script.compose(["model=state_sm"])["model"]}
+    )
+    ours = stock_configuration(train("--num-workers", 12))
+    assert {k: v for k, v in ours.items() if default.get(k, "absent") != v} == {
+        "data.kwargs.toml_config_path": str(Path.cwd() / "config.toml"),
+        "data.kwargs.perturbation_features_file": str(Path.cwd() / "features.pt"),
+        "data.kwargs.pert_col": "target_gene",
+        "data.kwargs.batch_col": "batch_var",
+        "data.kwargs.control_pert": CONTROL,
+        "output_dir": str(Path.cwd() / "runs"),
+        "name": "config_state_sm",
+        "use_wandb": False,
+    }
+    assert default.keys() == ours.keys()
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (("--model", "state_lg"), {"model.kwargs.hidden_dim": 1488, "name": "config_state_lg"}),
+        (("--max-steps", 7), {"training.max_steps": 7}),
+        (("--batch-size", 3), {"training.batch_size": 3}),
+        (("--num-workers", 0), {"data.kwargs.num_workers": 0}),
+        (("--val-freq", 5), {"training.val_freq": 5}),
+        (("--max-steps", 12, "--ckpt-every-n-steps", 6), {"training.ckpt_every_n_steps": 6}),
+        (("--seed", 0), {"training.train_seed": 0, "data.kwargs.random_seed": 0}),
+        (("--seed", 9), {"training.train_seed": 9, "data.kwargs.random_seed": 9}),
+        (("--output-space", "gene"), {"data.kwargs.output_space": "gene"}),
+        (("--pert-col", "batch_var", "--control-pert", "sim_batch0"), None),
+        (("--output-dir", "a/b", "--name", "c d"), {"name": "c d"}),
+        (
+            ("--wandb-project", "p", "--wandb-tags", "a,b"),
+            {
+                "use_wandb": True,
+                "wandb.project": "p",
+                "wandb.tags": ["a", "b"],
+                "wandb.entity": None,
+            },
+        ),
+        (
+            ("--wandb-project", "p", "--wandb-entity", "e"),
+            {"use_wandb": True, "wandb.entity": "e"},
+        ),
+        (("--wandb-tags", "a"), {"use_wandb": False, "wandb.tags": ["a"]}),
+    ],
+)
+def test_each_flag_sets_its_stock_setting(
+    train: Train, flags: tuple[object, ...], expected: dict[str, Any] | None
+) -> None:
+    done = train(*flags)
+    if expected is None:
+        assert done.code == 1
+        assert "problems:\n  - features.pt was made for the control 'non-targeting'" in done.err
+        return
+    found = stock_configuration(done)
+    assert {k: found[k] for k in expected} == expected
+
+
+def test_without_a_seed_both_stay_as_stock_has_them(train: Train) -> None:
+    found = stock_configuration(train())
+    assert found["training.train_seed"] == 42
+    assert "data.kwargs.random_seed" not in found
+
+
+@pytest.mark.parametrize(
+    ("typed", "key", "value"),
+    [
+        ("training.max_steps=9", "training.max_steps", 9),
+        ("++training.max_steps=9", "training.max_steps", 9),
+        ("data.kwargs.num_workers=5", "data.kwargs.num_workers", 5),
+        ("data.kwargs.batch_col=cell_type", "data.kwargs.batch_col", "cell_type"),
+        ("wandb.project=mine", "wandb.project", "mine"),
+        ("use_wandb=false", "use_wandb", False),
+        (
+            "+data.kwargs.h5_open_kwargs={rdcc_nbytes:1}",
+            "data.kwargs.h5_open_kwargs.rdcc_nbytes",
+            1,
+        ),
+    ],
+)
+def test_an_override_wins_over_a_flag_and_is_passed_on_as_typed(
+    train: Train, typed: str, key: str, value: object
+) -> None:
+    flags = ("--max-steps", 3, "--num-workers", 1, "--batch-col", "batch_var")
+    done = train(*flags, "--wandb-project", "p", typed)
+    overrides = stock_overrides(done)
+    assert overrides[-1] == typed
+    keys = [x.split("=")[0].lstrip("+") for x in overrides]
+    assert sorted(keys) == sorted(set(keys))
+    assert stock_configuration(done)[key] == value
+
+
+def test_model_as_an_override_is_the_model_that_is_planned(train: Train) -> None:
+    done = train("--model", "state", "model=state_lg", "--max-steps", 3)
+    assert stock_configuration(done)["model.kwargs.hidden_dim"] == 1488
+    assert "\nmodel     state_lg, 3 steps of 16 cell sets\n" in done.err
+    assert stock_configuration(done)["name"] == "config_state_lg"
+
+
+def test_overrides_may_stand_between_the_flags(train: Train) -> None:
+    done = train("training.lr=0.5", "--max-steps", 3, "training.val_freq=2", "--batch-size", 2)
+    assert stock_overrides(done)[-2:] == ["training.lr=0.5", "training.val_freq=2"]
+    found = stock_configuration(done)
+    assert found["training.lr"] == 0.5
+    assert (found["training.max_steps"], found["training.batch_size"]) == (3, 2)
+
+
+def test_tags_do_not_swallow_the_overrides_behind_them(train: Train) -> None:
+    done = train("--wandb-project", "p", "--wandb-tags", "a,b", "training.lr=0.5")
+    found = stock_configuration(done)
+    assert (found["wandb.tags"], found["training.lr"]) == (["a", "b"], 0.5)
+
+
+MODELS = (
+    "celltypemean, context_mean, cpa, decoder_only, embedsum, globalsimplesum, old_neuralot, "
+    "pertsets, perturb_mean, pseudobulk, scgpt-chemical, scgpt-genetic, scvi, state, state_lg, "
+    "state_sm, tahoe_best, tahoe_llama_212693232, tahoe_llama_62089464"
+)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("name=x",), "'name=x': use --name instead of this override"),
+        (("++name=x",), "'++name=x': use --name instead of this override"),
+        (("output_dir=x",), "'output_dir=x': use --output-dir instead of this override"),
+        (("overwrite=true",), "'overwrite=true': use --overwrite instead of this override"),
+        (
+            ("data.kwargs.toml_config_path=x",),
+            "'data.kwargs.toml_config_path=x': use --config instead of this override",
+        ),
+        (
+            ("data.kwargs.perturbation_features_file=x",),
+            "'data.kwargs.perturbation_features_file=x': use --pert-features instead of this "
+            "override",
+        ),
+        *(
+            ((text,), f"{text!r} is neither an option nor a Hydra override such as training.lr=0.1")
+            for text in ("nonsense", "a b=c", "x={", "training.lr=[1", "")
+        ),
+        (
+            ("training.lrr=1",),
+            "the stock configuration of state says: Key 'lrr' is not in struct",
+        ),
+        (
+            ("training.lr=1,2",),
+            "the stock configuration of state says: Ambiguous value for argument 'training.lr=1,2'",
+        ),
+        (
+            ("--model", "nope"),
+            f"the stock configuration of state says: no model 'nope'; models: {MODELS}",
+        ),
+        (
+            ("model=nope",),
+            f"the stock configuration of state says: no model 'nope'; models: {MODELS}",
+        ),
+        (
+            ("--model", "no-such.model"),
+            f"the stock configuration of state says: no model 'no-such.model'; models: {MODELS}",
+        ),
+        *(
+            (
+                (text,),
+                f"training.max_steps must be a whole number above 0, got {shown}",
+            )
+            for text, shown in (
+                ("training.max_steps=abc", "'abc'"),
+                ("training.max_steps=null", "None"),
+                ("training.max_steps='7'", "'7'"),
+                ("training.max_steps=0", "0"),
+                ("training.max_steps=4e4", "40000.0"),
+                ("~training.max_steps", "None"),
+            )
+        ),
+    ],
+)
+def test_override_that_cannot_be_is_refused(
+    train: Train, arguments: tuple[str, ...], message: str
+) -> None:
+    message = message.replace("training.lr=0.1", "training.lr=0.0001")
+    assert train(*arguments) == Result(1, "", f"error: {message}\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--max", "3"), "unrecognized arguments: --max"),
+        (("--num-workers", "-1"), "argument --num-workers: expected auto or a number, got '-1'"),
+        (("--num-workers", "x"), "argument --num-workers: expected auto or a number, got 'x'"),
+        (("--num-workers", "²"), "argument --num-workers: expected auto or a number, got '²'"),
+        (("--max-steps", "0"), "argument --max-steps: 0 is not above 0"),
+        (("--batch-size", "-1"), "argument --batch-size: -1 is not above 0"),
+        (("--val-freq", "0"), "argument --val-freq: 0 is not above 0"),
+        (("--ckpt-every-n-steps", "0"), "argument --ckpt-every-n-steps: 0 is not above 0"),
+        (("--max-steps", "1e5"), "argument --max-steps: invalid positive value: '1e5'"),
+        (("--seed", "a"), "argument --seed: invalid int value: 'a'"),
+        (
+            ("--output-space", "x"),
+            "argument --output-space: invalid choice: 'x' (choose from 'gene', 'all', 'embedding')",
+        ),
+        (("--resume", "--overwrite"), "argument --overwrite: not allowed with argument --resume"),
+    ],
+)
+def test_usage_errors_exit_with_2(train: Train, arguments: tuple[str, ...], message: str) -> None:
+    done = train(*arguments)
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith("usage: train_with_esm_features.py [-h] --config FILE")
+    assert done.err.splitlines()[-1] == f"train_with_esm_features.py: error: {message}"
+
+
+def test_required_files_are_required(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        script.main([])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "train_with_esm_features.py: error: the following arguments are required: --config, "
+        "--pert-features"
+    )
+
+
+# --- the same configuration as stock ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["model=state_sm", "training.lr=0.5", "~wandb.tags"],
+        ["model=state_lg", "+data.kwargs.new={a:[1,2]}", "data.kwargs.control_pert='a b'"],
+    ],
+)
+def test_configuration_is_the_one_that_stock_composes(overrides: list[str]) -> None:
+    from omegaconf import OmegaConf
+    from state.__main__ import load_hydra_config
+
+    theirs = OmegaConf.to_container(load_hydra_config("tx", overrides), resolve=True)
+    assert script.compose(overrides) == theirs
+
+
+def test_printed_command_gives_the_configuration_of_the_plan(ready: Path) -> None:
+    from omegaconf import OmegaConf
+    from state.__main__ import load_hydra_config
+
+    flags = ("--seed", "3", "--max-steps", "7", "--wandb-project", "p q", "--wandb-tags", "a,b c")
+    args = script.build_parser().parse_intermixed_args([*FILES, *flags, "training.lr=0.5"])
+    plan = script.make_plan(args, ready / "elsewhere" / "my run", None)
+    words = shlex.split(plan.stock_command())
+    theirs = OmegaConf.to_container(
+        load_hydra_config("tx", words[words.index("train") + 1 :]), resolve=True
+    )
+    ours = script.flat(plan.stock)
+    assert {k: v for k, v in script.flat(theirs).items() if ours.get(k, "absent") != v} == {
+        "data.kwargs.toml_config_path": str(ready / "config.toml"),
+        "data.kwargs.perturbation_features_file": str(ready / "features.pt"),
+        "output_dir": str(ready / "elsewhere"),
+        "name": "my run",
+    }
+    assert ours.keys() == script.flat(theirs).keys()
+
+
+def test_dry_run_prints_exactly_the_stock_command(train: Train, ready: Path) -> None:
+    done = train("--num-workers", 2, "--name", "it's mine", "training.lr=0.5")
+    assert done.out == (
+        f"state tx train data.kwargs.toml_config_path={ready}/config.toml "
+        f"data.kwargs.perturbation_features_file={ready}/features.pt output_dir={ready}/runs "
+        "'name='\"'\"'it\\'\"'\"'s mine'\"'\"'' model=state_sm use_wandb=false "
+        "data.kwargs.num_workers=2 data.kwargs.pert_col=target_gene "
+        "data.kwargs.batch_col=batch_var data.kwargs.cell_type_key=cell_type "
+        "data.kwargs.control_pert=non-targeting training.lr=0.5\n"
+    )
+    assert stock_configuration(done)["name"] == "it's mine"
+
+
+# --- the hash seed ------------------------------------------------------------------------------
+
+REPEAT = (
+    "warning: two or more datasets, and PYTHONHASHSEED was not set when this Python was started: "
+    "the order of the data, and so the result, will differ from run to run. From a notebook, run "
+    "the script with !python instead"
+)
+
+
+@pytest.mark.parametrize(("given_seed", "expected"), [(None, "0"), ("5", "5")])
+def test_two_datasets_run_under_a_fixed_hash_seed(
+    ready: Path, given_seed: str | None, expected: str
+) -> None:
+    two_datasets(ready)
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONHASHSEED"}
+    if given_seed:
+        env["PYTHONHASHSEED"] = given_seed
+    done = run_script("train_with_esm_features", *FILES, "--dry-run", cwd=ready, env=env)
+    assert done.code == 0, done.err
+    assert done.out.startswith(f"PYTHONHASHSEED={expected} state tx train data.kwargs.toml_config")
+    assert done.err.startswith("run  ")  # once, and without a warning
+    assert done.err.count("\ndata ") == 1
+
+
+def test_ablation_is_announced_once_and_first_by_the_second_start(
+    ready: Path, create: Callable[..., Result]
+) -> None:
+    make_features(create, "--ablation", "shuffle")
+    two_datasets(ready)
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONHASHSEED"}
+    done = run_script("train_with_esm_features", *FILES, "--dry-run", cwd=ready, env=env)
+    assert done.code == 0, done.err
+    assert done.err.startswith("ABLATION: shuffle, seed 42: not real features\nrun  ")
+    assert done.err.count("ABLATION") == 1
+
+
+def test_one_dataset_needs_no_hash_seed(ready: Path) -> None:
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONHASHSEED"}
+    done = run_script("train_with_esm_features", *FILES, "--dry-run", cwd=ready, env=env)
+    assert done.code == 0, done.err
+    assert done.out.startswith("state tx train ")
+
+
+def test_in_a_notebook_two_datasets_are_a_warning(train: Train, ready: Path) -> None:
+    two_datasets(ready)
+    done = train()
+    assert done.code == 0
+    assert done.err.splitlines()[0] == REPEAT
+    assert done.err.count("warning: ") == 1
+    assert done.out.startswith("state tx train ")
+
+
+# --- what is imported when ----------------------------------------------------------------------
+
+
+def imported_by(code: str, cwd: Path) -> tuple[set[str], str]:
+    """Modules in a fresh Python after `code`, and what it printed."""
+    lines = ["import sys", f"sys.path.insert(0, {str(ROOT)!r})", "import train_with_esm_features"]
+    lines += [code, "print('MODULES', *sys.modules, file=sys.stderr)"]
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], cwd=cwd, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return set(done.stderr.split("MODULES ")[1].split()), done.stdout
+
+
+def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
+    code = (
+        "try:\n train_with_esm_features.main(['--help'])\nexcept SystemExit as s:\n"
+        " assert s.code == 0"
+    )
+    modules, printed = imported_by(code, tmp_path)
+    assert printed.startswith("usage: train_with_esm_features.py")
+    heavy = {"torch", "lightning", "state", "cell_load", "numpy", "pandas", "h5py", "anndata"}
+    assert modules & (heavy | {"hydra", "omegaconf", "toml", "tqdm"}) == set()
+
+
+def test_preflight_imports_neither_lightning_nor_the_model(ready: Path) -> None:
+    arguments = [*FILES, "--dry-run"]
+    modules, printed = imported_by(f"train_with_esm_features.main({arguments!r})", ready)
+    assert printed.startswith("state tx train ")
+    heavy = ("lightning", "transformers", "state.tx", "cell_load.data_modules", "scanpy", "anndata")
+    assert {m for m in modules if m.startswith(heavy)} == set()
+
+
+# --- the run that is there already --------------------------------------------------------------
+
+
+def test_differences_are_named_with_before_and_now() -> None:
+    before = {"settings": {"a.b": 1, "gone": 2, "same": 3}, "features": {"sha256": "0" * 64}}
+    now = {"settings": {"a.b": 5, "same": 3, "new": None}, "features": {"sha256": "1" * 64}}
+    assert script.differences(before, now) == {
+        "a.b": "1 -> 5",
+        "gone": "2 -> none",
+        "features sha256": "000000000000... -> 111111111111...",
+    }
+    assert script.differences(before, before) == {}
+
+
+def test_a_run_is_there_only_with_its_record(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert script.earlier_run(run) is None
+    run.mkdir()
+    assert script.earlier_run(run) is None
+    (run / "other.txt").write_text("x")
+    (run / "run.json").write_text(json.dumps({"format": script.RUN_FORMAT, "steps": 3}))
+    assert script.earlier_run(run) == {"format": script.RUN_FORMAT, "steps": 3}
+    for content in ("{", "[]", json.dumps({"format": 0})):
+        (run / "run.json").write_text(content)
+        with pytest.raises(script.InputError) as error:
+            script.earlier_run(run)
+        assert str(error.value) == (
+            f"{run} exists and is no run of this script; choose another --name, or move it away"
+        )
+
+
+def test_file_in_the_place_of_the_run_is_refused(train: Train, ready: Path) -> None:
+    (ready / "taken").write_text("mine")
+    assert train("--output-dir", ".", "--name", "taken") == Result(
+        1,
+        "",
+        f"error: {ready}/taken exists and is no run of this script; choose another --name, or move "
+        "it away\n",
+    )
+    assert (ready / "taken").read_text() == "mine"
+
+
+def test_toml_of_a_run_names_the_same_files_from_any_folder(
+    ready: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("d/a.h5ad", "d/b.h5ad", "e/a b.h5"):
+        (ready / name).parent.mkdir(exist_ok=True)
+        (ready / name).touch()
+    (ready / "config.toml").write_text(
+        '[datasets]\none = "screen.h5ad"\nall = "d"\nbraces = "d/{a,b}.h5ad"\nglob = "e/*.h5"\n'
+        f'absolute = "{ready}/d/a.h5ad"\n[training]\none = "train"\n'
+        '[zeroshot]\n"one.K562 (x)" = "val"\n[fewshot."one.é"]\ntest = ["A+B", "it\'s \\"c\\""]\n'
+    )
+    experiment = script.load_experiment(Path("config.toml"))
+    expected = {
+        name: [p.absolute() for p in create_esm_pert_features.dataset_files(path)]
+        for name, path in experiment.datasets.items()
+    }
+    assert [len(files) for files in expected.values()] == [1, 2, 2, 1, 1]
+    (ready / "copy.toml").write_text(script.absolute_toml(experiment))
+    (ready / "far").mkdir()
+    monkeypatch.chdir(ready / "far")
+    copy = script.load_experiment(ready / "copy.toml")
+    assert (copy.training, copy.zeroshot, copy.fewshot) == (
+        experiment.training,
+        experiment.zeroshot,
+        experiment.fewshot,
+    )
+    found = {n: create_esm_pert_features.dataset_files(p) for n, p in copy.datasets.items()}
+    assert found == expected
+    assert toml.loads((ready / "copy.toml").read_text())["datasets"] == copy.datasets
