@@ -755,7 +755,7 @@ def load_table(path: Path) -> Table:
         Not such a file, mixed widths, or a pickle that holds more than tensors.
     """
     existing_file(path, "embeddings table")
-    content = _read_npz(path) if path.suffix.lower() == ".npz" else _read_torch(path)
+    content = _read_npz(path) if path.suffix.lower() == ".npz" else read_torch(path)
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no {{symbol: vector}} table, but {type(content).__name__}")
     if not content:
@@ -809,7 +809,7 @@ def _read_npz(path: Path) -> dict[str, torch.Tensor]:
     return table
 
 
-def _read_torch(path: Path) -> Any:
+def read_torch(path: Path) -> Any:
     """torch.load that never executes pickled code, memory-mapped where the format allows it."""
     import pickle
     import zipfile

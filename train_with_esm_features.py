@@ -75,6 +75,7 @@ from create_esm_pert_features import (
     read_categories,
     read_json,
     read_manifest,
+    read_torch,
     require_control,
     sha256_of,
     some,
@@ -115,8 +116,10 @@ MANAGED = {
 """Stock settings that this script decides; the option to use instead of an override."""
 
 MAY_CHANGE_ON_RESUME = re.compile(
-    r"training\.(max_steps|val_freq|ckpt_every_n_steps)$|use_wandb$|wandb\."
+    r"training\.(max_steps|val_freq|ckpt_every_n_steps)$|use_wandb$|wandb\.|versions |changed "
 )
+"""Differences that a resumed run may have; 'changed' is the time of a data file, as after a new
+download of the same data."""
 
 
 # ---------------------------------------------------------------------------------------------
@@ -137,7 +140,7 @@ def quoted(value: Any) -> str:
     word = re.fullmatch(r"[A-Za-z_/][A-Za-z0-9_/.\-]*", text)
     if word and text.lower() not in {"null", "true", "false", "nan", "inf"}:
         return text
-    return "'" + re.sub(r"(\\*)'", r"\1\1\\'", re.sub(r"(\\+)$", r"\1\1", text)) + "'"
+    return "'" + re.sub(r"(\\*)'", r"\1\1\\'", re.sub(r"(\\+)\Z", r"\1\1", text)) + "'"
 
 
 def overrides_of(settings: Mapping[str, Any], typed: Sequence[str] = ()) -> list[str]:
@@ -596,11 +599,10 @@ def check_features(path: Path, data: Data | None, found: Findings) -> dict[str, 
 
 def read_features(path: Path) -> dict[str, Any]:
     """Load a features file without executing anything in it."""
-    from create_esm_pert_features import _read_torch
+    import torch
 
     existing_file(path, "features file")
-    features = _read_torch(path)
-    import torch
+    features = read_torch(path)
 
     if not (
         isinstance(features, dict)
@@ -683,13 +685,17 @@ def checkpoint_bytes(settings: Mapping[str, Any], width: int, pert_width: int) -
 
 
 def check_disk(each: int | None, step_checkpoints: int, run_dir: Path, found: Findings) -> None:
-    """Space for best, last and final checkpoint, one being written, and the step checkpoints."""
+    """Space for best, last and final checkpoint, one being written, and the step checkpoints.
+
+    Those that the run has already are written over, or are not written again.
+    """
     if each is None:
         return
     folder = next(p for p in (run_dir, *run_dir.parents) if p.exists())
     number = 4 + step_checkpoints
     free = shutil.disk_usage(folder).free
-    if number * each > free:
+    there = {p.stat().st_ino: p.stat().st_size for p in run_dir.glob("checkpoints/*.ckpt")}
+    if number * each > free + sum(there.values()):
         found.problems.append(
             f"not enough space in {folder}: {number} checkpoints of {each / 1e9:.2f} GB need "
             f"{number * each / 1e9:.1f} GB, {free / 1e9:.1f} GB are free. Free some, choose "
@@ -957,20 +963,16 @@ def versions() -> dict[str, str]:
 
 def identity(plan: Plan) -> dict[str, Any]:
     """What makes two runs the same: settings, features, TOML, data files, versions."""
+    origins = [data_file_origin(f.path.absolute()) for f in plan.data.files]
     stock = {k: v for k, v in flat(plan.stock).items() if k not in MANAGED}
     return {
         "settings": stock,
         "features": {"sha256": plan.pert_features["sha256"]},
         "toml": {"sha256": sha256_of(plan.toml)},
-        "data": file_states(plan),
+        "data": {o["path"]: f"{o['size']:,} bytes" for o in origins},
+        "changed": {o["path"]: o["mtime_ns"] for o in origins},
         "versions": versions(),
     }
-
-
-def file_states(plan: Plan) -> dict[str, str]:
-    """{data file: its size and time of change}."""
-    origins = (data_file_origin(f.path.absolute()) for f in plan.data.files)
-    return {o["path"]: f"{o['size']} bytes, mtime {o['mtime_ns']} ns" for o in origins}
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
@@ -1022,16 +1024,13 @@ def decide(plan: Plan, earlier: Mapping[str, Any] | None, args: argparse.Namespa
         return "up to date"
     listed = "; ".join(f"{k}: {v}" for k, v in list(changed.items())[:5])
     if args.resume:
-        fixed = [
-            k
-            for k in changed
-            if not MAY_CHANGE_ON_RESUME.match(k) and not k.startswith("versions ")
-        ]
-        if fixed:
+        if not all(map(MAY_CHANGE_ON_RESUME.match, changed)):
             raise InputError(
                 f"{plan.run_dir} was trained otherwise ({listed}); resuming would mix two runs. "
                 "--overwrite trains anew, --name NAME makes another run"
             )
+        if changed:
+            log.info("changed since the run was started: %s", listed)
         return "resume"
     if changed:
         state = f"exists with other inputs ({listed})"
@@ -1088,14 +1087,11 @@ def write_inputs(plan: Plan) -> None:
 
 def checkpoint_steps(run_dir: Path) -> dict[Path, int]:
     """{checkpoint: its step} of last, final and step checkpoints; read without pickle."""
-    import torch
-
     folder = run_dir / "checkpoints"
     found = {}
     for path in [folder / "last.ckpt", folder / "final.ckpt", *sorted(folder.glob("step=*.ckpt"))]:
         if path.is_file():
-            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            found[path] = int(content["global_step"])
+            found[path] = int(read_torch(path)["global_step"])
     return found
 
 
@@ -1206,9 +1202,8 @@ class Outcome:
     def note(self, trainer: Any, module: Any, exception: BaseException | None = None) -> None:
         """Callback: keep the step and the last losses."""
         self.steps = int(trainer.global_step)
-        names = {"train_loss": "train_loss", "val_loss": "val_loss"}
         metrics = trainer.callback_metrics
-        self.losses = {n: float(metrics[k]) for n, k in names.items() if k in metrics}
+        self.losses = {k: float(metrics[k]) for k in ("train_loss", "val_loss") if k in metrics}
         self.exception = exception
 
 
@@ -1267,7 +1262,8 @@ READ_BEFORE: dict[str, str] = {}
 
 def refuse_changed_files(plan: Plan) -> None:
     """cell-load keeps obs of a file, by path, for the life of the process (a notebook's, say)."""
-    now = file_states(plan)
+    states = identity(plan)
+    now = {path: f"{size}, {states['changed'][path]}" for path, size in states["data"].items()}
     changed = [path for path, state in now.items() if READ_BEFORE.get(path, state) != state]
     if changed:
         raise InputError(
@@ -1294,7 +1290,6 @@ def train(plan: Plan, outcome: Outcome) -> None:
     from omegaconf import OmegaConf
     from state._cli import run_tx_train
 
-    refuse_changed_files(plan)
     callbacks = [
         LambdaCallback(
             on_fit_start=keep_last_name,
@@ -1507,7 +1502,6 @@ def start(
             aside = str(move_aside(plan.run_dir))
             record["replaces"] = [*earlier["replaces"], aside]
             log.info("the old run is kept as %s until this one has finished", aside)
-        write_inputs(plan)
     record |= {
         "status": "training",
         "stock_command": plan.stock_command(),
@@ -1523,6 +1517,8 @@ def start(
         {"from_step": step, "command": args.command, **({"note": fresh} if fresh else {})},
     ]
     write_json(plan.run_dir / "run.json", record)
+    if how != "resume" or not plan.own_toml.exists():  # the TOML is written last
+        write_inputs(plan)
     return record
 
 
@@ -1547,6 +1543,7 @@ def run(args: argparse.Namespace, from_command_line: bool) -> int:
         log.info("up to date: %s finished with the same inputs", run_dir)
         print(run_dir)
         return 0
+    refuse_changed_files(plan)
     log.info("stock     %s", plan.stock_command())
     record = start(plan, earlier, how, args)
     outcome = Outcome()

@@ -19,7 +19,7 @@ from run_demo import correlations
 import create_esm_pert_features
 import train_with_esm_features
 
-SCREEN = Screen(perturbed=60, families=6, width=8, genes=40, cells=12, controls=48)
+BASE = Screen(perturbed=60, families=6, width=8, genes=40, cells=12, controls=48)
 STEPS = 180
 TINY_MODEL = (
     "data.kwargs.output_space=gene",
@@ -34,20 +34,17 @@ TINY_MODEL = (
 )
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def prepare(folder: Path, screen: Screen) -> None:
     """A folder with the simulated screen and a TOML as the demo's."""
-    folder = tmp_path_factory.mktemp("demo")
-    write_demo(folder / "demo", SCREEN)
+    write_demo(folder / "demo", screen)
     (folder / "demo.toml").write_text(
         '[datasets]\ndemo = "demo/simulated_screen.h5ad"\n[training]\ndemo = "train"\n'
         '[zeroshot]\n"demo.simB" = "test"\n[fewshot."demo.simA"]\n'
-        f"val = {json.dumps(SCREEN.validation)}\ntest = {json.dumps(SCREEN.unseen)}\n"
+        f"val = {json.dumps(screen.validation)}\ntest = {json.dumps(screen.unseen)}\n"
     )
-    return folder
 
 
-def outcome(folder: Path, name: str, table: Path, *options: str) -> pd.Series:
+def outcome(folder: Path, screen: Screen, name: str, table: Path, *options: str) -> pd.Series:
     """Features from `table`, training and stock inference: the demo's column for it."""
     features = f"{name}.pt"
     labels = ["--from-toml", "demo.toml", "--esm-embeddings", str(table), "--output", features]
@@ -63,14 +60,19 @@ def outcome(folder: Path, name: str, table: Path, *options: str) -> pd.Series:
         state.__main__.main()
     finally:
         sys.argv = before
-    return correlations(folder / "demo/simulated_screen.h5ad", predicted, SCREEN)
+    return correlations(folder / "demo/simulated_screen.h5ad", predicted, screen)
 
 
-def test_table_tells_right_wiring_from_wrong(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))])
+def test_table_tells_right_wiring_from_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    folder, screen = tmp_path, replace(BASE, seed=seed)
+    prepare(folder, screen)
     monkeypatch.chdir(folder)
-    table = {k: torch.from_numpy(v) for k, v in vectors(SCREEN).items()}
+    table = {k: torch.from_numpy(v) for k, v in vectors(screen).items()}
     mixed = random.Random(0).sample([*table.values()], len(table))
-    other = replace(SCREEN, seed=9, families=SCREEN.perturbed)  # families would tell genes apart
+    other = replace(screen, seed=9, families=screen.perturbed)  # families would tell genes apart
     tables = {
         "right": table,
         "wrong order": dict(zip(table, mixed, strict=True)),
@@ -81,7 +83,7 @@ def test_table_tells_right_wiring_from_wrong(folder: Path, monkeypatch: pytest.M
     for name, content in tables.items():
         torch.save(content, folder / f"{name} table.pt")
         options = ["--missing", "zero"] if name == "zero vectors" else []
-        found[name] = outcome(folder, name, folder / f"{name} table.pt", *options)
+        found[name] = outcome(folder, screen, name, folder / f"{name} table.pt", *options)
     shown = pd.DataFrame(found)
     print(shown.to_string(float_format="%.2f"))
     unseen = shown.loc["unseen genes"]

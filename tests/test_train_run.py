@@ -575,3 +575,69 @@ def stop_while_training(screen_dir: Path, tmp_path: Path, name: str) -> tuple[in
     assert run_json(tmp_path / "run")["status"] == "stopped"
     assert run_json(tmp_path / "run")["steps"] >= 2
     return process.returncode, err.strip().splitlines()[-1]
+
+
+def own_screen(folder: Path) -> tuple[str, ...]:
+    """A screen of a test's own, to change; returns --config and --pert-features."""
+    make_screen(folder, {"sim": SMALL})
+    return ("--config", f"{folder}/config.toml", "--pert-features", f"{folder}/features.pt")
+
+
+def test_same_data_downloaded_again_can_be_resumed_but_is_not_up_to_date(
+    train: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import train_with_esm_features
+
+    files = own_screen(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert train("--max-steps", 2, files=files).code == 0
+    os.utime(tmp_path / "sim.h5ad", (1, 1))
+    again = train("--max-steps", 2, files=files)
+    assert again.code == 1
+    assert f"exists with other inputs (changed {tmp_path}/sim.h5ad: " in again.err
+    train_with_esm_features.READ_BEFORE.clear()  # as in a new process
+    resumed = train("--max-steps", 3, "--resume", files=files)
+    assert resumed.code == 0, resumed.err
+    assert "resuming at step 2 of 3" in resumed.err
+
+
+def test_file_that_changed_in_the_life_of_a_notebook_is_refused(
+    train: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = own_screen(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert train("--max-steps", 1, files=files).code == 0
+    os.utime(tmp_path / "sim.h5ad", (1, 1))
+    again = train("--max-steps", 1, files=files, name="other")
+    assert again.code == 1
+    assert again.err.splitlines()[-1] == (
+        f"error: {tmp_path}/sim.h5ad changed since this Python first trained on it, and cell-load "
+        "keeps the old labels in memory; restart the notebook kernel, or use !python"
+    )
+    assert not (tmp_path / "runs/other").exists()
+
+
+def test_run_cut_off_before_its_inputs_were_copied_can_be_resumed(
+    train: Callable[..., Result], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "runs/run"
+    assert train("--max-steps", 1).code == 0
+    record = run_json(run_dir) | {"status": "training", "starts": []}
+    for path in sorted(run_dir.rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    (run_dir / "run.json").write_text(json.dumps(record))
+    assert train("--max-steps", 1, "--resume").code == 0
+    assert checkpoint(run_dir, "final")["global_step"] == 1
+    assert (run_dir / "pert_features.pt").exists()
+
+
+def test_damaged_checkpoint_is_named(train: Callable[..., Result], tmp_path: Path) -> None:
+    assert train("--max-steps", 1).code == 0
+    last = tmp_path / "runs/run/checkpoints/last.ckpt"
+    whole = last.read_bytes()
+    last.unlink()
+    last.write_bytes(whole[: len(whole) // 2])
+    result = train("--max-steps", 2, "--resume")
+    assert result.code == 1
+    assert result.err.splitlines()[-1].startswith(f"error: {last} ")
+    assert checkpoint(tmp_path / "runs/run", "final")["global_step"] == 1
