@@ -1183,6 +1183,21 @@ def save_without_pickle(trainer: Any, module: Any, checkpoint: dict[str, Any]) -
         checkpoint["hyper_parameters"] = plain_numbers(checkpoint["hyper_parameters"])
 
 
+def follow_moved_run(trainer: Any, module: Any, checkpoint: dict[str, Any]) -> None:
+    """Let the checkpoint callbacks of a run that was moved find their files where they are now."""
+    folder = next(str(c.dirpath) for c in trainer.checkpoint_callbacks)
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {moved(k): v for k, v in value.items()}
+        return f"{folder}/{Path(value).name}" if isinstance(value, str) and value else value
+
+    for state in checkpoint["callbacks"].values():
+        if "dirpath" in state:
+            paths = {k: moved(v) for k, v in state.items() if k.endswith("path") or "models" in k}
+            state |= paths | {"dirpath": folder}
+
+
 def keep_last_name(trainer: Any, module: Any) -> None:
     """Let Lightning write over the last.ckpt that it resumed from, not a last-v1.ckpt beside it."""
     for callback in trainer.checkpoint_callbacks:
@@ -1292,6 +1307,7 @@ def train(plan: Plan, outcome: Outcome) -> None:
 
     callbacks = [
         LambdaCallback(
+            on_load_checkpoint=follow_moved_run,
             on_fit_start=keep_last_name,
             on_save_checkpoint=save_without_pickle,
             on_train_end=outcome.note,

@@ -443,20 +443,23 @@ def test_resume_takes_the_most_advanced_checkpoint(
 ) -> None:
     """As after a kill between two validations: only an old last.ckpt and a step checkpoint."""
     folder = tmp_path / "runs/run/checkpoints"
-    assert train("--max-steps", 3, "--ckpt-every-n-steps", 3).code == 0
+    rare = ("--ckpt-every-n-steps", 3, "--val-freq", 23)
+    assert train("--max-steps", 3, *rare).code == 0
     for name in ("last.ckpt", "final.ckpt"):
         (folder / name).unlink()
     record = run_json(tmp_path / "runs/run") | {"status": "training"}
     (tmp_path / "runs/run/run.json").write_text(json.dumps(record))
-    refused = train("--max-steps", 3, "--ckpt-every-n-steps", 3)
+    refused = train("--max-steps", 3, *rare)
     assert refused.err.splitlines()[-1] == (
         f"error: {tmp_path}/runs/run is not finished (training, step 3); --resume goes on with it, "
         "--overwrite trains anew, --name NAME makes another run"
     )
-    resumed = train("--max-steps", 4, "--ckpt-every-n-steps", 3, "--resume")
+    resumed = train("--max-steps", 4, *rare, "--resume")
     assert resumed.code == 0
     assert "resuming at step 3 of 4" in resumed.err
     assert checkpoint(tmp_path / "runs/run", "final")["global_step"] == 4
+    names = sorted(p.name for p in folder.iterdir())
+    assert names == ["final.ckpt", "last.ckpt", "step=3.ckpt"]
 
 
 def test_resume_without_a_run_or_checkpoint_starts(
@@ -641,3 +644,17 @@ def test_damaged_checkpoint_is_named(train: Callable[..., Result], tmp_path: Pat
     assert result.code == 1
     assert result.err.splitlines()[-1].startswith(f"error: {last} ")
     assert checkpoint(tmp_path / "runs/run", "final")["global_step"] == 1
+
+
+def test_moved_run_is_resumed_where_it_is_now(train: Callable[..., Result], tmp_path: Path) -> None:
+    assert train("--max-steps", 2, "--ckpt-every-n-steps", 2).code == 0
+    (tmp_path / "runs").rename(tmp_path / "moved")
+    where = ("--output-dir", tmp_path / "moved")
+    moved = train("--max-steps", 6, "--ckpt-every-n-steps", 2, "--resume", *where)
+    assert moved.code == 0, moved.err
+    assert not (tmp_path / "runs").exists()
+    names = {p.name for p in (tmp_path / "moved/run/checkpoints").iterdir()}
+    assert names == {"best.ckpt", "final.ckpt", "last.ckpt", *(f"step={n}.ckpt" for n in (2, 4, 6))}
+    states = checkpoint(tmp_path / "moved/run", "final")["callbacks"].values()
+    folders = {str(Path(s["best_model_path"]).parent) for s in states if s.get("best_model_path")}
+    assert folders == {str(tmp_path / "moved/run/checkpoints")}
