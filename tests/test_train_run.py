@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +154,8 @@ def test_weights_are_bit_identical_to_the_stock_command(
 
 
 def test_two_datasets_train_the_same_weights_every_time(tmp_path: Path) -> None:
-    folder = make_screen(tmp_path, {"simone": SMALL, "simtwo": SMALL, "simthree": SMALL})
+    screens = {f"sim{n}": replace(SMALL, seed=n) for n in range(4)}  # in another order, other cells
+    folder = make_screen(tmp_path, screens)
     env = {k: v for k, v in os.environ.items() if k != "PYTHONHASHSEED"}
     weights = []
     for name in ("a", "b", "c"):
@@ -658,3 +660,41 @@ def test_moved_run_is_resumed_where_it_is_now(train: Callable[..., Result], tmp_
     states = checkpoint(tmp_path / "moved/run", "final")["callbacks"].values()
     folders = {str(Path(s["best_model_path"]).parent) for s in states if s.get("best_model_path")}
     assert folders == {str(tmp_path / "moved/run/checkpoints")}
+
+
+def test_the_two_commands_of_the_challenge(tmp_path: Path) -> None:
+    """Its folder in small: a brace path of .h5 files, its own table at the output path."""
+    from demo_data import vectors
+
+    folder = tmp_path / "competition_support_set"
+    folder.mkdir()
+    data = simulate(SMALL)
+    for name, cell_type in (("competition_train", "simA"), ("hepg2", "simB")):
+        data[data.obs["cell_type"] == cell_type].copy().write_h5ad(folder / f"{name}.h5")
+    template(data, ["SIM009"]).write_h5ad(folder / "competition_val_template.h5ad")
+    (folder / "starter.toml").write_text(
+        "# Dataset paths\n[datasets]\n"
+        'replogle_h1 = "competition_support_set/{competition_train,k562_gwps,hepg2}.h5"\n'
+        '[training]\nreplogle_h1 = "train"\n[zeroshot]\n"replogle_h1.simB" = "test"\n[fewshot]\n'
+    )
+    features = folder / "ESM2_pert_features.pt"
+    torch.save({k: torch.from_numpy(v) for k, v in vectors(SMALL).items()}, features)
+    official = features.read_bytes()
+    path = "competition_support_set"
+    words = ("--from-toml", f"{path}/starter.toml", "--output", f"{path}/ESM2_pert_features.pt")
+    more = ("--adata", f"{path}/competition_val_template.h5ad", "--esm-embeddings", features)
+    made = run_script("create_esm_pert_features", *words, *more, cwd=tmp_path)
+    assert (made.code, made.out) == (0, f"{path}/ESM2_pert_features.pt\n"), made.err
+    assert (folder / "ESM2_pert_features.pt.orig").read_bytes() == official
+    assert f"it is kept as {path}/ESM2_pert_features.pt.orig" in made.err
+    ours = torch.load(features, weights_only=True)
+    assert set(ours) == set(data.obs["target_gene"])
+    words = ("--config", f"{path}/starter.toml", "--pert-features", f"{path}/{features.name}")
+    words += ("--pert-col", "target_gene", "--control-pert", "non-targeting", "--model", "state_sm")
+    words += ("--max-steps", "2", "--output-dir", "competition", "--name", "first_run")
+    trained = run_script("train_with_esm_features", *words, *TINY, cwd=tmp_path)
+    assert (trained.code, trained.out) == (0, f"{tmp_path}/competition/first_run\n"), trained.err
+    assert trained.err.startswith(
+        f"warning: dataset 'replogle_h1': {path}/k562_gwps.h5 matches no file; cell-load goes on "
+        "without it\nwarning: no validation cells: cell-load validates on the test cells"
+    )
