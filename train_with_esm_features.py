@@ -1183,8 +1183,11 @@ def save_without_pickle(trainer: Any, module: Any, checkpoint: dict[str, Any]) -
         checkpoint["hyper_parameters"] = plain_numbers(checkpoint["hyper_parameters"])
 
 
-def follow_moved_run(trainer: Any, module: Any, checkpoint: dict[str, Any]) -> None:
-    """Let the checkpoint callbacks of a run that was moved find their files where they are now."""
+def write_over_old_names(trainer: Any, module: Any, checkpoint: dict[str, Any]) -> None:
+    """Let a resumed run write over its last.ckpt and best.ckpt, where the run is now.
+
+    Lightning writes last-v1.ckpt and best-v1.ckpt beside files that it does not know as its own.
+    """
     folder = next(str(c.dirpath) for c in trainer.checkpoint_callbacks)
 
     def moved(value: Any) -> Any:
@@ -1195,15 +1198,7 @@ def follow_moved_run(trainer: Any, module: Any, checkpoint: dict[str, Any]) -> N
     for state in checkpoint["callbacks"].values():
         if "dirpath" in state:
             paths = {k: moved(v) for k, v in state.items() if k.endswith("path") or "models" in k}
-            state |= paths | {"dirpath": folder}
-
-
-def keep_last_name(trainer: Any, module: Any) -> None:
-    """Let Lightning write over the last.ckpt that it resumed from, not a last-v1.ckpt beside it."""
-    for callback in trainer.checkpoint_callbacks:
-        last = Path(callback.dirpath or "") / "last.ckpt"
-        if callback.save_last and last.exists():
-            callback.last_model_path = str(last)
+            state |= paths | {"dirpath": folder, "last_model_path": f"{folder}/last.ckpt"}
 
 
 @dataclass
@@ -1307,8 +1302,7 @@ def train(plan: Plan, outcome: Outcome) -> None:
 
     callbacks = [
         LambdaCallback(
-            on_load_checkpoint=follow_moved_run,
-            on_fit_start=keep_last_name,
+            on_load_checkpoint=write_over_old_names,
             on_save_checkpoint=save_without_pickle,
             on_train_end=outcome.note,
             on_exception=outcome.note,

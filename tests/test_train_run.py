@@ -446,9 +446,12 @@ def test_resume_takes_the_most_advanced_checkpoint(
     """As after a kill between two validations: only an old last.ckpt and a step checkpoint."""
     folder = tmp_path / "runs/run/checkpoints"
     rare = ("--ckpt-every-n-steps", 3, "--val-freq", 23)
-    assert train("--max-steps", 3, *rare).code == 0
+    assert train("--max-steps", 2, *rare).code == 0
+    old = (folder / "last.ckpt").read_bytes()
+    assert train("--max-steps", 3, *rare, "--resume").code == 0
     for name in ("last.ckpt", "final.ckpt"):
         (folder / name).unlink()
+    (folder / "last.ckpt").write_bytes(old)
     record = run_json(tmp_path / "runs/run") | {"status": "training"}
     (tmp_path / "runs/run/run.json").write_text(json.dumps(record))
     refused = train("--max-steps", 3, *rare)
@@ -462,6 +465,20 @@ def test_resume_takes_the_most_advanced_checkpoint(
     assert checkpoint(tmp_path / "runs/run", "final")["global_step"] == 4
     names = sorted(p.name for p in folder.iterdir())
     assert names == ["final.ckpt", "last.ckpt", "step=3.ckpt"]
+
+
+def test_run_that_never_had_a_last_checkpoint_gets_one_on_resume(
+    train: Callable[..., Result], tmp_path: Path
+) -> None:
+    """As after a kill before the first validation, with only a step checkpoint."""
+    folder = tmp_path / "runs/run/checkpoints"
+    rare = ("--ckpt-every-n-steps", 2, "--val-freq", 23)
+    assert train("--max-steps", 3, *rare).code == 0
+    for name in ("last.ckpt", "final.ckpt"):
+        (folder / name).unlink()
+    assert train("--max-steps", 5, *rare, "--resume").code == 0
+    names = sorted(p.name for p in folder.iterdir())
+    assert names == ["final.ckpt", "last.ckpt", "step=2.ckpt", "step=4.ckpt"]
 
 
 def test_resume_without_a_run_or_checkpoint_starts(
