@@ -74,6 +74,9 @@ GENE_LIST_COLUMNS = (*PERT_COLUMNS, "symbol", "gene_symbol")
 SPLITS = ("train", "val", "test")
 """Splits that a cell-load TOML may name (cell_load.config.ExperimentConfig.validate)."""
 
+SECTIONS = ("datasets", "training", "zeroshot", "fewshot")
+"""Sections of a TOML that cell-load reads; it ignores others."""
+
 ARC_REPOSITORY = "arcinstitute/SE-600M"
 ARC_FILE = "protein_embeddings.pt"
 ARC_BYTES = 410_886_729
@@ -291,19 +294,25 @@ def load_experiment(toml_path: Path) -> ExperimentConfig:
     InputError
         No such file, or not TOML (with line and column).
     """
+    import toml
     from cell_load.config import ExperimentConfig
-    from toml import TomlDecodeError
 
     existing_file(toml_path, "TOML")
     try:
-        return ExperimentConfig.from_toml(str(toml_path))
-    except TomlDecodeError as error:
+        experiment = ExperimentConfig.from_toml(str(toml_path))
+        sections = toml.loads(toml_path.read_text(encoding="utf-8"))
+    except toml.TomlDecodeError as error:
         raise InputError(
             f"{toml_path}, line {error.lineno}, column {error.colno}: {error.msg}"
         ) from error
     except (ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
         # the toml package leaks these on some malformed input
         raise InputError(f"{toml_path} is not valid TOML: {error}") from error
+    for section in sections:
+        meant = did_you_mean(section, SECTIONS)
+        if section not in SECTIONS and meant:  # cell-load would ignore it, and hold nothing out
+            raise InputError(f"{toml_path}: unknown section [{section}]{meant}")
+    return experiment
 
 
 def experiment_problems(experiment: ExperimentConfig) -> list[str]:
@@ -312,7 +321,7 @@ def experiment_problems(experiment: ExperimentConfig) -> list[str]:
     cell-load dies on these with a bare KeyError or TypeError, or ignores them in silence.
     """
     problems = []
-    for section in ("datasets", "training", "zeroshot", "fewshot"):
+    for section in SECTIONS:
         if not isinstance(getattr(experiment, section), dict):
             return [f"[{section}] must be a table, e.g. [{section}] on a line of its own"]
     for name, path in experiment.datasets.items():

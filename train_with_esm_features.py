@@ -300,10 +300,11 @@ def find_columns(
         except InputError as error:
             advice = batch_advice + names.get("cell_type_key", "COL") if key == "batch_col" else ""
             found.problems.append(f"{error}{advice}")
-    if len(names) < 3:
+    if not {"pert_col", "cell_type_key"} <= set(names):
         return None
     control = asked.get("data.kwargs.control_pert") or DEFAULT_CONTROL
-    return Columns(names["pert_col"], names["batch_col"], names["cell_type_key"], str(control))
+    batch = names.get("batch_col", "")  # without one, the rest is checked all the same
+    return Columns(names["pert_col"], batch, names["cell_type_key"], str(control))
 
 
 def inspect_file(
@@ -573,6 +574,12 @@ def check_features(path: Path, data: Data | None, found: Findings) -> dict[str, 
         found.problems.append(
             f"{path} was made for the control {manifest['control']!r}, but this run's control is "
             f"{control!r}; make it again, or correct --control-pert"
+        )
+    filled = list((manifest or {}).get("missing", {}))
+    if manifest is not None and filled and manifest["policy"]["missing"] == "mean":
+        found.warnings.append(
+            f"{path}: {len(filled):,} of {count(len(features), 'label')} filled in with the mean "
+            f"vector, as --missing mean chose ({some(filled)})"
         )
     if control not in features:
         found.warnings.append(f"{path} has no control {control!r}: cell-load gives it zeros")
@@ -966,12 +973,12 @@ def identity(plan: Plan) -> dict[str, Any]:
     origins = [data_file_origin(f.path.absolute()) for f in plan.data.files]
     stock = {k: v for k, v in flat(plan.stock).items() if k not in MANAGED}
     return {
-        "settings": stock,
         "features": {"sha256": plan.pert_features["sha256"]},
         "toml": {"sha256": sha256_of(plan.toml)},
         "data": {o["path"]: f"{o['size']:,} bytes" for o in origins},
         "changed": {o["path"]: o["mtime_ns"] for o in origins},
         "versions": versions(),
+        "settings": stock,
     }
 
 
@@ -1023,8 +1030,10 @@ def decide(plan: Plan, earlier: Mapping[str, Any] | None, args: argparse.Namespa
     if finished and not changed:
         return "up to date"
     listed = "; ".join(f"{k}: {v}" for k, v in list(changed.items())[:5])
+    listed += f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+    resumable = all(map(MAY_CHANGE_ON_RESUME.match, changed))
     if args.resume:
-        if not all(map(MAY_CHANGE_ON_RESUME.match, changed)):
+        if not resumable:
             raise InputError(
                 f"{plan.run_dir} was trained otherwise ({listed}); resuming would mix two runs. "
                 "--overwrite trains anew, --name NAME makes another run"
@@ -1036,8 +1045,9 @@ def decide(plan: Plan, earlier: Mapping[str, Any] | None, args: argparse.Namespa
         state = f"exists with other inputs ({listed})"
     else:
         state = f"is not finished ({earlier['status']}, step {earlier.get('steps', 0):,})"
+    resume = "goes on with it" if resumable else "cannot mix them"
     raise InputError(
-        f"{plan.run_dir} {state}; --resume goes on with it, --overwrite trains anew, "
+        f"{plan.run_dir} {state}; --resume {resume}, --overwrite trains anew, "
         "--name NAME makes another run"
     )
 
@@ -1234,7 +1244,7 @@ def progress_bar() -> Any:
                 unit="step",
                 disable=not self.terminal,
             )
-            self.start = self.said = time.monotonic()
+            self.start, self.said = time.monotonic(), -60.0
             self.first = trainer.global_step
 
         def on_train_batch_end(self, trainer: Any, *args: Any) -> None:

@@ -675,3 +675,20 @@ def test_an_npz_that_is_no_table_is_refused(
 ) -> None:
     np.savez(tmp_path / "t.npz", **arrays)
     refused(message, *(a.replace("t.pt", "t.npz") for a in gene_list))
+
+
+@pytest.mark.parametrize(
+    "wrong, right",
+    [
+        ("zero-shot", "zeroshot, fewshot"),
+        ("trainning", "training"),
+        ("few_shot", "fewshot, zeroshot"),
+    ],
+)
+def test_a_misspelt_section_of_the_toml_is_refused(
+    project: Path, refused: Refused, wrong: str, right: str
+) -> None:
+    with (project / "config.toml").open("a") as file:
+        file.write(f'[{wrong}]\n"sim.simB" = "test"\n')
+    message = f"config.toml: unknown section [{wrong}] (did you mean {right}?)"
+    refused(message, "--from-toml", "config.toml", *TABLE)

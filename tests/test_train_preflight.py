@@ -1246,3 +1246,29 @@ def test_warnings_are_said_before_the_problems(train: Train, ready: Path, screen
     first, *rest = done.err.splitlines()
     assert first.startswith("warning: no validation cells: nothing is validated"), done.err
     assert rest == [f"error: no such features file: features.pt (looked in {ready})"]
+
+
+def test_filled_in_vectors_are_said_again(create: Any, accepted: Accepted, ready: Path) -> None:
+    table = torch.load(ready / "table.pt", weights_only=True)
+    del table["SIM001"]
+    torch.save(table, ready / "part.pt")
+    labels = ("--from-toml", "config.toml", "--esm-embeddings", "part.pt", "--missing", "mean")
+    assert create(*labels, "--output", "features.pt").code == 0
+    accepted(
+        "features.pt: 2 of 12 labels filled in with the mean vector, as --missing mean chose "
+        "(SIM000+SIM001, SIM001)"
+    )
+
+
+def test_the_rest_is_checked_while_the_batch_column_is_missing(
+    train: Train, ready: Path, screen: Any
+) -> None:
+    del screen.obs["batch_var"]
+    screen.write_h5ad(ready / "screen.h5ad")
+    done = train("--control-pert", "nontarget")
+    problems = [x.split()[:4] for x in done.err.splitlines() if x.startswith("  - ")]
+    assert [p[1:] for p in problems] == [
+        ["screen.h5ad", "has", "no"],
+        ["screen.h5ad:", "no", "cell"],
+        ["features.pt", "was", "made"],
+    ]

@@ -368,7 +368,13 @@ def test_other_features_are_not_up_to_date(
     files = ("--config", "config.toml", "--pert-features", str(tmp_path / "other.pt"))
     changed = train("--max-steps", 1, files=files)
     assert changed.code == 1
-    assert "exists with other inputs (features sha256: " in changed.err.splitlines()[-1]
+    message = changed.err.splitlines()[-1]
+    assert message.startswith(
+        f"error: {tmp_path}/runs/run exists with other inputs (features sha256: "
+    )
+    assert message.endswith(
+        "); --resume cannot mix them, --overwrite trains anew, --name NAME makes another run"
+    )
 
 
 def test_resume_restores_weights_optimiser_and_step_bit_for_bit(
