@@ -100,6 +100,7 @@ CACHED_ROWS = 10_000
 PREFETCH = 4
 """Batches that every loader worker prepares ahead (PerturbationDataModule)."""
 
+WORKERS = "data.kwargs.num_workers"
 STOCK_MAX_WORKERS = 12
 """num_workers of the stock configuration."""
 
@@ -554,16 +555,22 @@ def _no_validation_message(
     )
 
 
-def check_features(path: Path, data: Data | None, found: Findings) -> dict[str, Any]:
+def check_features(
+    path: Path, manifest: Mapping[str, Any] | None, data: Data | None, found: Findings
+) -> dict[str, Any]:
     """Hold the features file against the data; returns {sha256, width, labels, ablation}.
 
     cell-load takes the width from the first vector, gives a label without a vector zeros, the
     vector of the control, and says so at INFO level only.
+
+    Parameters
+    ----------
+    manifest
+        What `read_manifest` gives for the file, which holds its hash.
     """
     import torch
 
     features = read_features(path)
-    manifest = read_manifest(path)
     control = data.columns.control if data else (manifest or {}).get("control", DEFAULT_CONTROL)
     if manifest is None:
         found.warnings.append(
@@ -597,7 +604,7 @@ def check_features(path: Path, data: Data | None, found: Findings) -> dict[str, 
     _check_labels(path, features, data.files if data else [], control, found)
     ablation = (manifest or {}).get("ablation")
     return {
-        "sha256": sha256_of(path),
+        "sha256": manifest["features_sha256"] if manifest else sha256_of(path),
         "width": next(iter(features.values())).shape[-1] if widths[0] else 0,
         "labels": len(features),
         "ablation": ablation,
@@ -784,7 +791,7 @@ def settings_from_flags(args: argparse.Namespace) -> dict[str, Any]:
         "data.kwargs.control_pert": args.control_pert,
         "data.kwargs.embed_key": args.embed_key,
         "data.kwargs.output_space": args.output_space,
-        "data.kwargs.num_workers": None if args.num_workers == "auto" else args.num_workers,
+        WORKERS: None if args.num_workers == "auto" else args.num_workers,
         "data.kwargs.random_seed": args.seed,
         "training.train_seed": args.seed,
         "training.max_steps": args.max_steps,
@@ -802,15 +809,31 @@ def settings_from_flags(args: argparse.Namespace) -> dict[str, Any]:
     return settings
 
 
+def kept_choices(
+    args: argparse.Namespace, earlier: Mapping[str, Any] | None
+) -> tuple[Mapping[str, Any], Sequence[str]]:
+    """(settings, typed overrides) that stay as in the run that is there, unless given now.
+
+    On resume all of them. Else the number of loader workers only: chosen anew, it would follow
+    the memory that is free now, and the same command would ask for another run. With --overwrite
+    none.
+    """
+    if earlier is None or args.overwrite:
+        return {}, []
+    if args.resume:
+        return earlier["settings"], earlier["typed"]
+    return {WORKERS: earlier["identity"]["settings"][WORKERS]}, []
+
+
 def choose_settings(
     args: argparse.Namespace, earlier: Mapping[str, Any] | None
 ) -> tuple[dict[str, Any], list[str]]:
-    """What the user wants: (settings, typed overrides); on resume, the rest as in `earlier`."""
-    before: Mapping[str, Any] = earlier or {"settings": {}, "typed": []}
+    """What the user wants: (settings, typed overrides); what is not given may stay as it was."""
+    settings_before, typed_before = kept_choices(args, earlier)
     typed_now = typed_settings(args.overrides)
-    kept = [t for t in before["typed"] if not set(typed_settings([t])) & set(typed_now)]
+    kept = [t for t in typed_before if not set(typed_settings([t])) & set(typed_now)]
     defaults = {"model": "state_sm", "use_wandb": False}
-    settings = {**defaults, **before["settings"], **settings_from_flags(args)}
+    settings = {**defaults, **settings_before, **settings_from_flags(args)}
     return settings, [*kept, *args.overrides]
 
 
@@ -901,13 +924,20 @@ def require_numbers(training: Mapping[str, Any]) -> None:
             raise InputError(f"training.{key} must be a whole number above 0, got {value!r}")
 
 
-def make_plan(args: argparse.Namespace, run_dir: Path, earlier: Mapping[str, Any] | None) -> Plan:
+def make_plan(
+    args: argparse.Namespace,
+    run_dir: Path,
+    earlier: Mapping[str, Any] | None,
+    manifest: Mapping[str, Any] | None,
+) -> Plan:
     """Check everything and decide everything; nothing is written.
 
     Parameters
     ----------
     earlier
-        run.json of the run to resume: what is not given now stays as it was there.
+        run.json of the run that is there already, of which `kept_choices` keeps some.
+    manifest
+        Of the features file.
 
     Raises
     ------
@@ -926,7 +956,7 @@ def make_plan(args: argparse.Namespace, run_dir: Path, earlier: Mapping[str, Any
     with found.collect():
         data = inspect_data(args.config, asked, stock["data"]["kwargs"], found)
     with found.collect():
-        features = check_features(args.pert_features, data, found)
+        features = check_features(args.pert_features, manifest, data, found)
     if data and data.files:
         settings |= {
             "data.kwargs.pert_col": data.columns.pert,
@@ -934,7 +964,7 @@ def make_plan(args: argparse.Namespace, run_dir: Path, earlier: Mapping[str, Any
             "data.kwargs.cell_type_key": data.columns.cell_type,
             "data.kwargs.control_pert": data.columns.control,
         }
-        settings.setdefault("data.kwargs.num_workers", choose_workers(stock, data))
+        settings.setdefault(WORKERS, choose_workers(stock, data))
         if features:
             each = checkpoint_bytes(stock, data.files[0].width, features["width"])
             steps = stock["training"]["max_steps"] // interval if interval else 0
@@ -1392,9 +1422,9 @@ def infer_command(plan: Plan) -> str:
     return shlex.join(map(str, [*words, "--output", "prediction.h5ad"]))
 
 
-def announce_ablation(features: Path) -> None:
+def announce_ablation(manifest: Mapping[str, Any] | None) -> None:
     """Say before everything else that the features are not real."""
-    ablation = (read_manifest(features) or {}).get("ablation") if features.is_file() else None
+    ablation = (manifest or {}).get("ablation")
     if ablation:
         log.warning("ABLATION: %s, seed %s: not real features", ablation["kind"], ablation["seed"])
 
@@ -1468,7 +1498,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 BATCH_COLUMNS_HELP = ", ".join(BATCH_COLUMNS)
-WORKERS_HELP = "loader processes (default: auto, from cores and memory; kept on resume)"
+WORKERS_HELP = "loader processes (default: auto: as the run has it, else from cores and memory)"
 
 
 def run_name(text: str) -> str:
@@ -1545,14 +1575,16 @@ def start(
 def run(args: argparse.Namespace, from_command_line: bool) -> int:
     """From the TOML to a trained model, in the order of the work."""
     unrepeatable = repeat_hash_seed(load_experiment(args.config), from_command_line)
-    announce_ablation(args.pert_features)  # only now: a fixed hash seed starts the script anew
+    # only now: a fixed hash seed starts the script anew
+    manifest = read_manifest(args.pert_features) if args.pert_features.is_file() else None
+    announce_ablation(manifest)
     if unrepeatable:
         warn(unrepeatable)
     model = typed_settings(args.overrides).get("model") or args.model or "state_sm"
     name = args.name or f"{args.config.stem}_{model}"
     run_dir = args.output_dir.absolute() / name
     earlier = earlier_run(run_dir)
-    plan = make_plan(args, run_dir, earlier if args.resume else None)
+    plan = make_plan(args, run_dir, earlier, manifest)
     log.info("%s", describe(plan))
     how = decide(plan, earlier, args)
     if args.dry_run:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Result, run_script
+from toml_mistakes import TOML_MISTAKES, write_mistake
 
 Create = Callable[..., Result]
 Refused = Callable[..., None]
@@ -73,155 +74,14 @@ def test_a_file_that_does_not_exist_is_named(
 # --- the TOML -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (
-            '[datasets]\nsim = "screen.h5ad\n[training]\n',
-            "c.toml, line 2, column 19: Unbalanced quotes",
-        ),
-        (
-            '[datasets]\nsim = "screen.h5ad"\n[training\nsim = "train"\n',
-            "c.toml, line 3, column 1: Key group not on a line by itself.",
-        ),
-        (
-            '[datasets]\nsim = "screen.h5ad"\nsim = "again.h5ad"\n',
-            "c.toml, line 3, column 1: Duplicate keys!",
-        ),
-        (
-            "[datasets]\nsim = screen.h5ad\n",
-            "c.toml, line 2, column 1: This float doesn't have a leading digit",
-        ),
-    ],
-)
-def test_toml_that_does_not_parse_is_an_error_with_line_and_column(
-    project: Path, refused: Refused, text: str, message: str
-) -> None:
-    (project / "c.toml").write_text(text)
-    refused(message, "--from-toml", "c.toml", *TABLE)
-
-
-def test_toml_that_is_not_utf8_is_an_error(project: Path, refused: Refused) -> None:
-    (project / "c.toml").write_bytes(b'[datasets]\nsim = "\xff"\n')
-    refused(
-        "c.toml is not valid TOML: 'utf-8' codec can't decode byte 0xff in position 18: invalid "
-        "start byte",
-        *("--from-toml", "c.toml", *TABLE),
-    )
-
-
-SCREEN = '[datasets]\nsim = "screen.h5ad"\n'
-TRAIN = f'{SCREEN}[training]\nsim = "train"\n'
-
-
-@pytest.mark.parametrize(
-    ("text", "problem"),
-    [
-        (
-            f'{TRAIN}[zeroshot]\nsim.simA = "test"\n',
-            '[zeroshot] sim.simA needs quotes around the whole name: "sim.simA" = "test"',
-        ),
-        (
-            f'{TRAIN}[fewshot.sim.simA]\ntest = ["SIM001"]\n',
-            '[fewshot] sim.simA needs quotes around the whole name: [fewshot."sim.simA"]',
-        ),
-        (
-            f'{TRAIN}[zeroshot]\n"sim.simA" = "tset"\n',
-            "[zeroshot] \"sim.simA\" = 'tset': unknown split, use val or test",
-        ),
-        (
-            f'{TRAIN}[zeroshot]\n"sim.simA" = 3\n',
-            '[zeroshot] "sim.simA" = 3: unknown split, use val or test',
-        ),
-        (
-            f'{TRAIN}[zeroshot."sim.simA"]\ntest = ["SIM001"]\n',
-            "[zeroshot] \"sim.simA\" = {'test': ['SIM001']} is not understood",
-        ),
-        (
-            f'{TRAIN}[zeroshot]\nsim = "test"\n',
-            '[zeroshot] "sim" names no cell type: write "sim.CELL_TYPE"',
-        ),
-        (
-            f'{TRAIN}[fewshot.sim]\ntest = ["SIM001"]\n',
-            '[fewshot] "sim" names no cell type: write "sim.CELL_TYPE"',
-        ),
-        (
-            f'{TRAIN}[fewshot]\n"sim.simA" = "test"\n',
-            "[fewshot] \"sim.simA\" = 'test' is not understood",
-        ),
-        (
-            f'{TRAIN}[fewshot."sim.simA"]\ntset = ["SIM001"]\n',
-            '[fewshot."sim.simA"] tset: unknown split, use val or test',
-        ),
-        (
-            f'{TRAIN}[fewshot."sim.simA"]\ntest = "SIM001"\n',
-            '[fewshot."sim.simA"] test must be a list of labels in quotes',
-        ),
-        (
-            f'{TRAIN}[fewshot."sim.simA"]\nval = [1, 2]\n',
-            '[fewshot."sim.simA"] val must be a list of labels in quotes',
-        ),
-        (
-            f'{SCREEN}[training]\nsim = "val"\n',
-            "[training] sim = 'val': the only value is \"train\"",
-        ),
-        (f"{SCREEN}[training]\nsim = true\n", '[training] sim = True: the only value is "train"'),
-        (
-            f'{SCREEN}[training]\nsmi = "train"\n',
-            "dataset 'smi' is used but has no path under [datasets] (did you mean sim?)",
-        ),
-        (
-            f'{TRAIN}[zeroshot]\n"other.k562" = "test"\n',
-            "dataset 'other' is used but has no path under [datasets]",
-        ),
-        (
-            '[training]\nsim = "train"\n',
-            "dataset 'sim' is used but has no path under [datasets]",
-        ),
-        (
-            '[datasets]\nsim = ["screen.h5ad"]\n[training]\nsim = "train"\n',
-            "[datasets] sim must be a path in quotes, got ['screen.h5ad']",
-        ),
-        (
-            'datasets = "screen.h5ad"\n',
-            "[datasets] must be a table, e.g. [datasets] on a line of its own",
-        ),
-        (
-            'training = "sim"\n' + SCREEN,
-            "[training] must be a table, e.g. [training] on a line of its own",
-        ),
-        (SCREEN, "[training], [zeroshot] and [fewshot] name no dataset"),
-        ("", "[training], [zeroshot] and [fewshot] name no dataset"),
-    ],
-)
+@pytest.mark.parametrize(("text", "stderr"), TOML_MISTAKES)
 def test_a_toml_that_cell_load_would_misread_is_refused(
-    project: Path, create: Create, text: str, problem: str
+    project: Path, create: Create, text: str, stderr: str
 ) -> None:
-    (project / "c.toml").write_text(text)
+    write_mistake(project / "c.toml", text)
     before = snapshot(project)
-    unread = (
-        "warning: dataset 'sim' is in [datasets] but not in [training], [zeroshot] or [fewshot]: "
-        "not read\n"
-    )
-    assert create("--from-toml", "c.toml", *TABLE) == Result(
-        1, "", (unread if text == SCREEN else "") + f"error: c.toml: {problem}\n"
-    )
+    assert create("--from-toml", "c.toml", *TABLE) == Result(1, "", stderr)
     assert snapshot(project) == before
-
-
-def test_all_problems_of_a_toml_are_listed_together(project: Path, refused: Refused) -> None:
-    (project / "c.toml").write_text(
-        f'{SCREEN}[training]\nsim = "yes"\nother = "train"\n[zeroshot]\nsim.simA = "test"\n'
-        '"sim.simB" = "tset"\n'
-    )
-    refused(
-        "4 problems:\n"
-        "  - c.toml: [training] sim = 'yes': the only value is \"train\"\n"
-        '  - c.toml: [zeroshot] sim.simA needs quotes around the whole name: "sim.simA" = "test"\n'
-        "  - c.toml: [zeroshot] \"sim.simB\" = 'tset': unknown split, use val or test\n"
-        "  - c.toml: dataset 'other' is used but has no path under [datasets]",
-        *("--from-toml", "c.toml", *TABLE),
-    )
 
 
 # --- data files ---------------------------------------------------------------------------------
@@ -675,20 +535,3 @@ def test_an_npz_that_is_no_table_is_refused(
 ) -> None:
     np.savez(tmp_path / "t.npz", **arrays)
     refused(message, *(a.replace("t.pt", "t.npz") for a in gene_list))
-
-
-@pytest.mark.parametrize(
-    "wrong, right",
-    [
-        ("zero-shot", "zeroshot, fewshot"),
-        ("trainning", "training"),
-        ("few_shot", "fewshot, zeroshot"),
-    ],
-)
-def test_a_misspelt_section_of_the_toml_is_refused(
-    project: Path, refused: Refused, wrong: str, right: str
-) -> None:
-    with (project / "config.toml").open("a") as file:
-        file.write(f'[{wrong}]\n"sim.simB" = "test"\n')
-    message = f"config.toml: unknown section [{wrong}] (did you mean {right}?)"
-    refused(message, "--from-toml", "config.toml", *TABLE)

@@ -20,6 +20,7 @@ import pytest
 import scipy.sparse
 import torch
 from conftest import SMALL, Result
+from toml_mistakes import TOML_MISTAKES, write_mistake
 
 import train_with_esm_features as script
 
@@ -150,67 +151,12 @@ def test_features_file_that_does_not_exist_is_named(refused: Refused, tmp_path: 
     refused(f"no such features file: nowhere.pt (looked in {tmp_path})", features="nowhere.pt")
 
 
-def test_toml_syntax_error_has_line_and_column(refused: Refused, ready: Path) -> None:
-    toml(ready, '[datasets]\nsim = "screen.h5ad\n[training]\n')
-    refused("config.toml, line 2, column 19: Unbalanced quotes")
-
-
-@pytest.mark.parametrize(
-    ("text", "problem"),
-    [
-        (
-            f'{TRAIN}[zeroshot]\nsim.simA = "test"\n',
-            '[zeroshot] sim.simA needs quotes around the whole name: "sim.simA" = "test"',
-        ),
-        (
-            f'{TRAIN}[fewshot.sim.simA]\ntest = ["SIM001"]\n',
-            '[fewshot] sim.simA needs quotes around the whole name: [fewshot."sim.simA"]',
-        ),
-        (
-            f'{DATASETS}[training]\nsim = "trian"\n',
-            "[training] sim = 'trian': the only value is \"train\"",
-        ),
-        (
-            f'{TRAIN}[zeroshot]\n"sim.simA" = "tset"\n',
-            "[zeroshot] \"sim.simA\" = 'tset': unknown split, use val or test",
-        ),
-        (
-            f'{TRAIN}[fewshot."sim.simA"]\ntset = ["SIM001"]\n',
-            '[fewshot."sim.simA"] tset: unknown split, use val or test',
-        ),
-        (
-            f'{TRAIN}smi = "train"\n',
-            "dataset 'smi' is used but has no path under [datasets] (did you mean sim?)",
-        ),
-        (
-            f'{TRAIN}[zeroshot]\n"smi.simA" = "test"\n',
-            "dataset 'smi' is used but has no path under [datasets] (did you mean sim?)",
-        ),
-        (
-            f'zeroshot = "test"\n{TRAIN}',
-            "[zeroshot] must be a table, e.g. [zeroshot] on a line of its own",
-        ),
-        (
-            f'training = "sim"\n{DATASETS}',
-            "[training] must be a table, e.g. [training] on a line of its own",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("text", "stderr"), TOML_MISTAKES)
 def test_toml_that_cell_load_would_misread_is_refused(
-    refused: Refused, ready: Path, text: str, problem: str
+    train: Train, ready: Path, text: str, stderr: str
 ) -> None:
-    toml(ready, text)
-    refused(f"config.toml: {problem}")
-
-
-def test_toml_that_uses_no_dataset_is_refused(train: Train, ready: Path) -> None:
-    toml(ready, DATASETS)
-    assert train() == Result(
-        1,
-        "",
-        "warning: dataset 'sim' is in [datasets] but not in [training], [zeroshot] or [fewshot]: "
-        "not read\nerror: config.toml: [training], [zeroshot] and [fewshot] name no dataset\n",
-    )
+    write_mistake(ready / "c.toml", text)
+    assert train(config="c.toml") == Result(1, "", stderr)
 
 
 # --- the paths ----------------------------------------------------------------------------------

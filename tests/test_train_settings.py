@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shlex
@@ -402,7 +403,7 @@ def test_printed_command_gives_the_configuration_of_the_plan(ready: Path) -> Non
 
     flags = ("--seed", "3", "--max-steps", "7", "--wandb-project", "p q", "--wandb-tags", "a,b c")
     args = script.build_parser().parse_intermixed_args([*FILES, *flags, "training.lr=0.5"])
-    plan = script.make_plan(args, ready / "elsewhere" / "my run", None)
+    plan = script.make_plan(args, ready / "elsewhere" / "my run", None, None)
     words = shlex.split(plan.stock_command())
     theirs = OmegaConf.to_container(
         load_hydra_config("tx", words[words.index("train") + 1 :]), resolve=True
@@ -555,6 +556,127 @@ def test_file_in_the_place_of_the_run_is_refused(train: Train, ready: Path) -> N
         "it away\n",
     )
     assert (ready / "taken").read_text() == "mine"
+
+
+@pytest.fixture
+def untrained(
+    ready: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Train:
+    """Run main([...]) where so many loader workers fit; all but the training itself is done."""
+    monkeypatch.setenv("PYTHONHASHSEED", "0")
+    monkeypatch.setattr(script, "train", lambda plan, outcome: None)
+
+    def run(fitting: int, *arguments: object) -> Result:
+        monkeypatch.setattr(script, "choose_workers", lambda stock, data: fitting)
+        capsys.readouterr()
+        code = script.main([*FILES, "--name", "run", *map(str, arguments)])
+        return Result(code, *capsys.readouterr())
+
+    return run
+
+
+def recorded(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "runs/run/run.json").read_text())
+
+
+def workers_of(record: dict[str, Any]) -> int:
+    return record["identity"]["settings"]["data.kwargs.num_workers"]
+
+
+@pytest.mark.parametrize(
+    ("first", "number"),
+    [
+        ((), 4),
+        (("--num-workers", 0), 0),
+        (("--num-workers", 3), 3),
+        (("data.kwargs.num_workers=3",), 3),
+    ],
+)
+@pytest.mark.parametrize("again", [(), ("--num-workers", "auto"), ("--resume",)])
+def test_a_finished_run_is_up_to_date_whatever_memory_is_free_now(
+    untrained: Train,
+    ready: Path,
+    first: tuple[object, ...],
+    number: int,
+    again: tuple[object, ...],
+) -> None:
+    assert untrained(4, *first).code == 0
+    record = recorded(ready)
+    assert workers_of(record) == number
+    done = untrained(2, *again)
+    assert done.err.splitlines()[-1] == (
+        f"up to date: {ready}/runs/run finished with the same inputs"
+    )
+    assert f"\nworkers   {number}\n" in done.err
+    assert (done.code, done.out) == (0, f"{ready}/runs/run\n")
+    assert recorded(ready) == record
+
+
+def test_an_unfinished_run_is_not_called_another_one_for_the_memory(
+    untrained: Train, ready: Path
+) -> None:
+    assert untrained(4).code == 0
+    stopped = recorded(ready) | {"status": "stopped"}
+    (ready / "runs/run/run.json").write_text(json.dumps(stopped))
+    done = untrained(2)
+    assert done.err.splitlines()[-1] == (
+        f"error: {ready}/runs/run is not finished (stopped, step 0); --resume goes on with it, "
+        "--overwrite trains anew, --name NAME makes another run"
+    )
+    assert untrained(2, "--resume").code == 0
+    assert workers_of(recorded(ready)) == 4
+
+
+@pytest.mark.parametrize("given_now", [("--num-workers", 2), ("data.kwargs.num_workers=2",)])
+def test_another_number_of_workers_that_is_given_is_another_input(
+    untrained: Train, ready: Path, given_now: tuple[object, ...]
+) -> None:
+    assert untrained(4).code == 0
+    done = untrained(4, *given_now)
+    assert done.code == 1
+    assert done.err.splitlines()[-1].startswith(
+        f"error: {ready}/runs/run exists with other inputs (data.kwargs.num_workers: 4 -> 2); "
+    )
+
+
+def test_a_run_that_is_overwritten_gets_the_workers_that_fit_now(
+    untrained: Train, ready: Path
+) -> None:
+    assert untrained(4).code == 0
+    assert untrained(2, "--overwrite").code == 0
+    assert workers_of(recorded(ready)) == 2
+
+
+def test_only_the_workers_stay_without_resume(untrained: Train, ready: Path) -> None:
+    assert untrained(4, "--max-steps", 7, "training.lr=0.5").code == 0
+    done = untrained(2)
+    assert done.code == 1
+    assert done.err.splitlines()[-1].startswith(
+        f"error: {ready}/runs/run exists with other inputs (training.lr: 0.5 -> 0.0001; "
+        "training.max_steps: 7 -> 400000); "
+    )
+
+
+@pytest.mark.parametrize("with_manifest", [True, False])
+def test_the_features_file_is_hashed_once(
+    untrained: Train, ready: Path, monkeypatch: pytest.MonkeyPatch, with_manifest: bool
+) -> None:
+    if not with_manifest:
+        (ready / "features.pt.json").unlink()
+    hashed: list[str] = []
+    file_digest = hashlib.file_digest
+
+    def counted(file: Any, digest: Any) -> Any:
+        hashed.append(Path(file.name).name)
+        return file_digest(file, digest)
+
+    monkeypatch.setattr(hashlib, "file_digest", counted)
+    assert untrained(0).code == 0
+    assert hashed.count("features.pt") == 1
+    content = (ready / "features.pt").read_bytes()
+    assert recorded(ready)["identity"]["features"] == {
+        "sha256": hashlib.sha256(content).hexdigest()
+    }
 
 
 def test_toml_of_a_run_names_the_same_files_from_any_folder(
