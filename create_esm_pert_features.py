@@ -3,23 +3,27 @@
 # dependencies = [
 #     "anndata>=0.11.4",
 #     "arc-state>=0.11.1",
+#     "biopython>=1.85",
 #     "cell-load>=0.10.4",
 #     "fair-esm>=2.0.0",
 #     "h5py>=3.11",
 #     "huggingface-hub>=1.0",
 #     "numpy>=2.2.6",
 #     "pandas>=2.2.3",
+#     "platformdirs>=4.3",
+#     "psutil>=6",
 #     "scanpy>=1.11.2",
 #     "toml>=0.10.2",
 #     "torch>=2.7",
 #     "tqdm>=4.67.1",
 # ]
 # ///
-"""Look up the ESM2 embedding of every perturbation of a Perturb-seq screen.
+"""Find, or compute, the ESM2 embedding of every perturbation of a Perturb-seq screen.
 
 State takes one vector per perturbation. This script collects the perturbation labels that
-cell-load would read for a TOML, finds the protein embedding of each, and writes one file
-that cell-load takes as `perturbation_features_file`:
+cell-load would read for a TOML, finds the protein embedding of each in a table, or computes it
+from the protein's sequence, and writes one file that cell-load takes as
+`perturbation_features_file`:
 
     python create_esm_pert_features.py --from-toml my_config.toml --output ESM2_pert_features.pt
     python train_with_esm_features.py --config my_config.toml --pert-features ESM2_pert_features.pt
@@ -38,6 +42,7 @@ import csv
 import difflib
 import errno
 import glob
+import gzip
 import hashlib
 import json
 import logging
@@ -46,12 +51,16 @@ import platform
 import re
 import shutil
 import signal
+import sqlite3
 import sys
 import tempfile
 import threading
+import time
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +92,39 @@ ARC_BYTES = 410_886_729
 ARC_SHA256 = "a210e1cc7901513999b2bca3836ba9e2f203cd008be4e9a9d6412a2267de9748"
 """Arc's table of 19,790 human genes x 5,120 (ESM2 15B): the file that the Virtual Cell
 Challenge ships as ESM2_pert_features.pt, byte for byte."""
+
+ESM2_URL = "https://dl.fbaipublicfiles.com/fair-esm/models/{}.pt"
+ESM2_WIDTHS = {
+    "esm2_t6_8M_UR50D": 320,
+    "esm2_t12_35M_UR50D": 480,
+    "esm2_t30_150M_UR50D": 640,
+    "esm2_t33_650M_UR50D": 1280,
+    "esm2_t36_3B_UR50D": 2560,
+    "esm2_t48_15B_UR50D": 5120,
+}
+"""The ESM2 models of fair-esm (esm.pretrained), where it downloads them, and their widths."""
+
+WINDOW = 1022
+STRIDE = 511
+"""Residues of a window, and from one to the next. ESM2 was trained on at most 1,024 tokens: 1,022
+residues, beginning and end (Lin et al. 2023, doi:10.1126/science.ade2574)."""
+
+RESIDUES = frozenset("ACDEFGHIKLMNPQRSTVWYXBUZO")
+"""Letters that ESM2's alphabet has a token for: the 20 amino acids, any (X), B, Z, U and O."""
+
+GENE_IN_HEADER = (
+    r"\bGN=(.+?)(?=\s+[A-Z]{2}=|\s*\||\s*$)",
+    r"\[gene=([^\]]+)\]",
+    r"\bgene_symbol:(\S+)",
+    r"\bgene:(\S+)",
+)
+"""Where a FASTA header names its gene: UniProt, NCBI, Ensembl's symbol and gene id."""
+
+NETWORK_FILE_SYSTEMS = (
+    *("afs", "beegfs", "ceph", "cifs", "fuse.", "glusterfs", "gpfs", "lustre", "nfs"),
+    *("orangefs", "panfs", "smb"),
+)
+"""First letters of file systems on which SQLite's locks cannot be relied on."""
 
 MANIFEST_FORMAT = 1
 
@@ -742,6 +784,35 @@ class Table:
     vectors: Mapping[str, torch.Tensor]
     width: int
 
+    @property
+    def symbols(self) -> Iterable[str]:
+        """Every gene of it."""
+        return self.vectors
+
+    def __contains__(self, gene: str) -> bool:
+        return gene in self.vectors
+
+    def why_not(self, gene: str) -> str | None:
+        """Why a gene that was meant to be in it is not: never known of a table."""
+        return None
+
+    def origin(self, gene: str) -> dict[str, Any]:
+        """What the manifest says of a gene beside its source: nothing, of a table."""
+        return {}
+
+    def record(self) -> dict[str, Any]:
+        """What the manifest says of the table."""
+        sha256 = sha256_of(self.path)
+        return {
+            "kind": "table",
+            "path": str(self.path),
+            "sha256": sha256,
+            "genes": len(self.vectors),
+        }
+
+    def __str__(self) -> str:
+        return f"{self.path} ({count(len(self.vectors), 'gene')} x {self.width:,})"
+
     def __getitem__(self, gene: str) -> torch.Tensor:
         """Vector of a gene as float32 (width,), a copy that owns its memory."""
         import torch
@@ -818,23 +889,32 @@ def _read_npz(path: Path) -> dict[str, torch.Tensor]:
     return table
 
 
-def read_torch(path: Path) -> Any:
-    """torch.load that never executes pickled code, memory-mapped where the format allows it."""
+def read_torch(
+    path: Path,
+    advice: str = "Save it again as a plain {symbol: torch.Tensor} dict",
+    allowed: Sequence[type] = (),
+) -> Any:
+    """torch.load that never executes pickled code, memory-mapped where the format allows it.
+
+    `allowed` are classes beside tensors and plain values that the file may hold.
+    """
     import pickle
     import zipfile
 
     import torch
 
     try:
-        with warnings.catch_warnings(action="ignore"):  # of the pickle protocol; decided below
+        with (
+            warnings.catch_warnings(action="ignore"),  # of the pickle protocol; decided below
+            torch.serialization.safe_globals(list(allowed)),
+        ):
             return torch.load(
                 path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True
             )
     except pickle.UnpicklingError as error:
         raise InputError(
             f"{path} was refused without running it: it is no file of torch.save, or it holds "
-            "pickled Python objects beside tensors, and loading those can execute code. Save it "
-            "again as a plain {symbol: torch.Tensor} dict"
+            f"pickled Python objects beside tensors, and loading those can execute code. {advice}"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, UnicodeDecodeError) as error:
         raise InputError(
@@ -917,8 +997,8 @@ def _download_arc_table() -> Path:
 
 
 def open_tables(args: argparse.Namespace) -> list[Table]:
-    """The tables of --esm-embeddings, or Arc's; all of one width, first hit wins."""
-    paths = args.esm_embeddings or [arc_table_path(args.dry_run)]
+    """The tables of --esm-embeddings, all of one width; Arc's if there is no source at all."""
+    paths = args.esm_embeddings or ([] if args.fasta else [arc_table_path(args.dry_run)])
     tables = [load_table(path) for path in paths if path is not None]
     for table in tables[1:]:
         if table.width != tables[0].width:
@@ -930,8 +1010,812 @@ def open_tables(args: argparse.Namespace) -> list[Table]:
 
 
 # ---------------------------------------------------------------------------------------------
+# Sources: protein sequences
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Protein:
+    """A record of a FASTA file: its identifier and its sequence in capitals."""
+
+    id: str
+    sequence: str
+
+
+@dataclass
+class Proteins:
+    """The sequences of --fasta by gene.
+
+    Attributes
+    ----------
+    files
+        {path, sha256} of every file.
+    genes
+        {symbol or Ensembl gene id: its usable proteins, in the order of the files}.
+    symbols
+        The first name of every gene: what --all-genes means.
+    left_out
+        {reason: identifiers of the records}.
+    refused
+        {gene: why a record of it was left out}.
+    isoforms, long, model
+        As on the command line.
+    recipe
+        How vectors were computed; None as long as none was needed.
+    """
+
+    isoforms: str
+    long: str
+    model: str
+    recipe: Recipe | None = None
+    files: list[dict[str, Any]] = field(default_factory=list)
+    genes: dict[str, list[Protein]] = field(default_factory=dict)
+    symbols: dict[str, None] = field(default_factory=dict)
+    left_out: dict[str, list[str]] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+
+    def __contains__(self, gene: str) -> bool:
+        return gene in self.genes
+
+    def __getitem__(self, gene: str) -> list[Protein]:
+        """The proteins whose mean is the gene's vector, as --isoforms has it."""
+        proteins = self.genes[gene]
+        if self.isoforms == "longest":
+            return [max(proteins, key=lambda p: len(p.sequence))]
+        return proteins[:1] if self.isoforms == "first" else proteins
+
+    def why_not(self, gene: str) -> str | None:
+        """Why a gene that the files name has no usable sequence."""
+        return self.refused.get(gene)
+
+    def origin(self, gene: str) -> dict[str, Any]:
+        """What the manifest says of a gene: which proteins its vector was computed from."""
+        return {
+            "proteins": [
+                {
+                    "id": p.id,
+                    "residues": len(p.sequence),
+                    "windows": len(windows(len(p.sequence), self.long)),
+                }
+                for p in self[gene]
+            ]
+        }
+
+    def add(self, header: str, raw: str) -> None:
+        """File a record under its gene, or count why not."""
+        identifier = (header.split() or ["(no name)"])[0]
+        names = genes_in_header(header)
+        sequence = re.sub(r"\s", "", raw).upper().removesuffix("*")
+        reason = unusable(sequence) if names else "no gene in the header"
+        if reason is None:
+            self.symbols.setdefault(names[0])
+            for name in names:
+                self.genes.setdefault(name, []).append(Protein(identifier, sequence))
+            return
+        self.left_out.setdefault(reason, []).append(identifier)
+        for name in names:
+            self.refused.setdefault(name, f"{identifier}: {reason}")
+
+    @property
+    def path(self) -> str:
+        """The files, for a message."""
+        return some(f["path"] for f in self.files)
+
+    def record(self) -> dict[str, Any]:
+        """What the manifest says of the sequences and the model."""
+        return {
+            "kind": "esm2",
+            "model": self.model,
+            **(asdict(self.recipe) if self.recipe else {}),
+            "isoforms": self.isoforms,
+            "fasta": self.files,
+            "left_out": {reason: len(ids) for reason, ids in self.left_out.items()},
+        }
+
+    def __str__(self) -> str:
+        how = f", {self.model} in {self.recipe.precision}" if self.recipe else ""
+        return f"{self.path} ({count(len(self.symbols), 'gene')}{how})"
+
+
+def genes_in_header(header: str) -> list[str]:
+    """Symbol and gene id that a FASTA header names, versions of Ensembl ids stripped.
+
+    A header that is one word without `|` is the symbol itself.
+    """
+    found = [m[1].strip() for p in GENE_IN_HEADER if (m := re.search(p, header))]
+    if not found and re.fullmatch(r"[^\s|]+", header):
+        found = [header]
+    return list(dict.fromkeys(re.sub(r"^(ENS[A-Z]*G\d{11})\.\d+$", r"\1", name) for name in found))
+
+
+def unusable(sequence: str) -> str | None:
+    """Why ESM2 cannot read a sequence, or None."""
+    if not sequence:
+        return "empty sequence"
+    if "*" in sequence:
+        return "a stop (*) inside the sequence"
+    return None if RESIDUES.issuperset(sequence) else "characters that are no amino acids"
+
+
+def read_fasta(path: Path) -> Iterator[tuple[str, str]]:
+    """(header, sequence) of every record, plain or gzip, told by content."""
+    from Bio.SeqIO.FastaIO import SimpleFastaParser
+
+    existing_file(path, "FASTA file")
+    try:
+        with path.open("rb") as f:
+            opened = gzip.open if f.read(2) == b"\x1f\x8b" else open
+        with opened(path, "rt", encoding="utf-8-sig", errors="replace") as f:
+            yield from SimpleFastaParser(f)
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(
+            f"FASTA file {path} cannot be read: damaged or cut short ({_line(error)})"
+        ) from error
+
+
+def load_proteins(args: argparse.Namespace) -> Proteins:
+    """Read every --fasta.
+
+    Raises
+    ------
+    InputError
+        A file cannot be read, holds no record or nucleotides; no record at all can be used.
+    """
+    proteins = Proteins(args.isoforms, args.long, args.esm_model)
+    records = 0
+    for path in args.fasta:
+        letters: set[str] = set()
+        before = records
+        for header, sequence in read_fasta(path):
+            proteins.add(header, sequence)
+            letters.update(sequence.upper())
+            records += 1
+        if records == before:
+            raise InputError(f"{path} holds no protein: no line starts with '>'. Is it FASTA?")
+        if letters and letters <= set("ACGTUN"):
+            raise InputError(f"{path} holds nucleotides; give the file of the proteins (pep)")
+        proteins.files.append({"path": str(path), "sha256": sha256_of(path)})
+    if proteins.left_out:
+        reasons = (f"{len(i):,} {why} ({some(i, 3)})" for why, i in proteins.left_out.items())
+        total = sum(map(len, proteins.left_out.values()))
+        message = f"{total:,} of {count(records, 'protein')} left out: {'; '.join(reasons)}"
+        if not proteins.genes:
+            raise InputError(
+                f"{message}. Headers must name the gene: GN=SYMBOL, gene_symbol:SYMBOL, "
+                "[gene=SYMBOL] or the symbol alone"
+            )
+        warn(message)
+    return proteins
+
+
+# ---------------------------------------------------------------------------------------------
+# ESM2: weights
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """ESM2 weights in fair-esm's format, memory-mapped.
+
+    Attributes
+    ----------
+    model
+        As on the command line.
+    path, sha256
+        The file.
+    layers, width, heads
+        Shape of the encoder.
+    token_dropout
+        Whether embeddings are scaled as if 12 % of the tokens were masked, as in training.
+    weights
+        {name as in fair-esm's ESM2: tensor}.
+    """
+
+    model: str
+    path: Path
+    sha256: str
+    layers: int
+    width: int
+    heads: int
+    token_dropout: bool
+    weights: Mapping[str, torch.Tensor]
+
+
+def fair_esm() -> Any:
+    """The package `esm` of fair-esm; EvolutionaryScale's has the same name and hides it."""
+    import esm
+
+    if not hasattr(esm, "Alphabet"):
+        raise InputError(
+            "the installed package 'esm' is EvolutionaryScale's and hides fair-esm, which has the "
+            "same name: pip uninstall -y esm, then pip install --force-reinstall --no-deps fair-esm"
+        )
+    return esm
+
+
+def weights_path(model: str, dry_run: bool) -> Path | None:
+    """The checkpoint of a fair-esm model, downloaded once, or a local file.
+
+    The address and the folder are fair-esm's own, so each finds what the other downloaded.
+
+    Returns
+    -------
+    path
+        The file; None in a dry run that would have to download it.
+    """
+    import torch
+
+    if model not in ESM2_WIDTHS:
+        if not Path(model).exists():
+            raise InputError(
+                f"--esm-model {model}: neither a file nor one of {', '.join(ESM2_WIDTHS)}"
+            )
+        return existing_file(model, "ESM2 checkpoint")
+    path = Path(torch.hub.get_dir()) / "checkpoints" / f"{model}.pt"
+    if path.is_file():
+        return path
+    if not dry_run:
+        _download_weights(ESM2_URL.format(model), path)
+        return path
+    log.warning("would download %s.pt into %s; --esm-model FILE avoids it", model, path.parent)
+    return None
+
+
+def _download_weights(url: str, path: Path) -> None:
+    """Download with torch.hub, as fair-esm does, and check that all of it came."""
+    import urllib.request
+
+    import torch
+
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=60) as r:
+            size = int(r.headers["Content-Length"])
+        log.warning(
+            "downloading %s (%.0f MB) into %s; --esm-model FILE avoids it",
+            *(path.name, size / 1e6, path.parent),
+        )
+        torch.hub.download_url_to_file(url, str(part), progress=sys.stderr.isatty())
+        if part.stat().st_size != size:
+            raise OSError(f"{part.stat().st_size:,} of {size:,} bytes came")
+        part.replace(path)
+    except (OSError, TypeError, ValueError) as error:  # URLError is an OSError
+        raise InputError(
+            f"cannot download {url}: {_line(error)}. Run again when it can be reached, or pass the "
+            "file with --esm-model FILE"
+        ) from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def open_checkpoint(model: str, path: Path) -> Checkpoint:
+    """Open a checkpoint without executing anything in it and without reading its weights.
+
+    fair-esm's own loader unpickles the file, and asks for a contact-regression file that
+    embeddings do not need.
+
+    Raises
+    ------
+    InputError
+        Not a checkpoint of ESM2 in fair-esm's format.
+    """
+    import torch
+
+    content = read_torch(
+        path, "Give an ESM2 checkpoint as fair-esm publishes it", [argparse.Namespace]
+    )
+    try:
+        config = content["cfg"]["model"]
+        weights = {
+            re.sub(r"^encoder\.(sentence_encoder\.)?", "", k): v
+            for k, v in content["model"].items()
+        }
+        checkpoint = Checkpoint(
+            *(model, path, sha256_of(path), int(config.encoder_layers)),
+            *(int(config.encoder_embed_dim), int(config.encoder_attention_heads)),
+            *(bool(config.token_dropout), weights),
+        )
+        with torch.device("meta"):  # fair-esm's own model says which weights of which shape
+            reference = fair_esm().ESM2(checkpoint.layers, checkpoint.width, checkpoint.heads)
+        for name, weight in reference.state_dict().items():
+            if not name.startswith("contact_head.") and weights[name].shape != weight.shape:
+                raise ValueError(f"{name} has shape {tuple(weights[name].shape)}")
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+        raise InputError(
+            f"{path} is no ESM2 checkpoint in fair-esm's format ({_line(error)}); the published "
+            "files are esm2_*.pt"
+        ) from error
+    return checkpoint
+
+
+# ---------------------------------------------------------------------------------------------
+# ESM2: forward
+# ---------------------------------------------------------------------------------------------
+
+
+class Linear:
+    """x @ weight.T + bias, then GELU if asked.
+
+    On x86 the weight is laid out once for oneDNN, whose kernel does the GELU on the way out:
+    10 to 25 % faster than torch.nn.functional.linear, which calls MKL for float32.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, like: torch.Tensor) -> None:
+        import torch
+
+        self.weight, self.bias = weight.to(like), bias.to(like)
+        self.packed = (
+            like.device.type == "cpu"
+            and like.dtype in (torch.float32, torch.bfloat16)
+            and platform.machine() in ("x86_64", "AMD64")
+            and torch.backends.mkldnn.is_available()
+        )
+        if self.packed:
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, WINDOW)
+
+    def __call__(self, x: torch.Tensor, gelu: bool = False) -> torch.Tensor:
+        import torch
+
+        if self.packed:
+            after = "gelu" if gelu else "none"
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, after, [], "none")
+        y = torch.nn.functional.linear(x, self.weight, self.bias)
+        return torch.nn.functional.gelu(y) if gelu else y
+
+
+@dataclass(frozen=True)
+class Block:
+    """Weights of a transformer layer: two layer norms (weight, bias) and four linear maps."""
+
+    norm1: tuple[torch.Tensor, torch.Tensor]
+    qkv: Linear
+    out: Linear
+    norm2: tuple[torch.Tensor, torch.Tensor]
+    fc1: Linear
+    fc2: Linear
+
+
+class Esm2:
+    """ESM2's encoder on fair-esm's weights: one sequence at a time, no padding, no LM head.
+
+    A vector then depends on its own sequence only, and nothing is computed in vain. Query, key
+    and value are one matrix product. In half precision the matrix products are in that type; sums
+    over layers, layer norms, rotations and, on a CPU, attention (where half precision is not
+    faster) stay in float32.
+
+    Parameters
+    ----------
+    checkpoint
+        The weights.
+    device, dtype
+        Where and in which type the matrix products are done.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+        import torch
+
+        c = checkpoint
+        self.heads, self.head_width = c.heads, c.width // c.heads
+        self.device, self.layers = device, c.layers
+        self.attention_dtype = torch.float32 if device.type == "cpu" else dtype
+        like = torch.empty(0, device=device, dtype=dtype)
+        exact = torch.empty(0, device=device)
+        # rotary embedding turns pairs (i, i + half): rows of query and key are put in an order
+        # in which such pairs are neighbours, that is, complex numbers
+        pairs = torch.arange(self.head_width).view(2, -1).T.flatten()
+        rows = (torch.arange(c.heads)[:, None] * self.head_width + pairs).flatten()
+
+        def weight(name: str) -> torch.Tensor:
+            return c.weights[name].float()
+
+        def norm(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+            return weight(f"{name}.weight").to(exact), weight(f"{name}.bias").to(exact)
+
+        def linear(name: str) -> Linear:
+            return Linear(weight(f"{name}.weight"), weight(f"{name}.bias"), like)
+
+        def qkv(name: str) -> Linear:
+            def joined(kind: str) -> torch.Tensor:
+                q, k, v = (weight(f"{name}.{x}_proj.{kind}") for x in "qkv")
+                return torch.cat([q[rows], k[rows], v])
+
+            return Linear(joined("weight"), joined("bias"), like)
+
+        self.blocks = []
+        for i in range(c.layers):
+            attention = f"layers.{i}.self_attn"
+            self.blocks.append(
+                Block(
+                    norm(f"{attention}_layer_norm"),
+                    qkv(attention),
+                    linear(f"{attention}.out_proj"),
+                    norm(f"layers.{i}.final_layer_norm"),
+                    linear(f"layers.{i}.fc1"),
+                    linear(f"layers.{i}.fc2"),
+                )
+            )
+        self.norm_after = norm("emb_layer_norm_after")
+        self.frequencies = weight("layers.0.self_attn.rot_emb.inv_freq").to(exact)
+        scale = 1 - 0.15 * 0.8 if c.token_dropout else 1.0
+        self.embedding = (weight("embed_tokens.weight") * scale).to(exact)
+        alphabet = fair_esm().Alphabet.from_architecture("ESM-1b")
+        self.token = torch.full((128,), alphabet.unk_idx)
+        for residue in RESIDUES:
+            self.token[ord(residue)] = alphabet.get_idx(residue)
+        self.ends = torch.tensor([alphabet.cls_idx]), torch.tensor([alphabet.eos_idx])
+
+    def tokens(self, sequence: str) -> torch.Tensor:
+        """Token ids of a sequence, beginning and end included: int64 (residues + 2,)."""
+        import torch
+
+        letters = torch.frombuffer(bytearray(sequence, "ascii"), dtype=torch.uint8).long()
+        return torch.cat([self.ends[0], self.token[letters], self.ends[1]])
+
+    def __call__(self, tokens: torch.Tensor, layer: int) -> torch.Tensor:
+        """Representation after `layer` layers (all of them: normalised), float32 (tokens, width).
+
+        The same as `representations[layer]` of fair-esm's ESM2.
+        """
+        import torch
+        from torch.nn.functional import layer_norm, scaled_dot_product_attention
+
+        x = self.embedding[tokens.to(self.device)]
+        length, width = x.shape
+        angles = torch.arange(length, device=self.device)[:, None] * self.frequencies
+        turn = torch.polar(torch.ones_like(angles), angles)[:, None]
+        turn = turn.expand(-1, 2 * self.heads, -1).contiguous()
+        for block in self.blocks[:layer]:
+            h = layer_norm(x, (width,), *block.norm1)
+            qkv = block.qkv(h.to(block.qkv.bias.dtype)).float()
+            pairs = qkv[:, : 2 * width].view(length, 2 * self.heads, -1, 2)
+            torch.view_as_complex(pairs).mul_(turn)
+            qkv = qkv.to(self.attention_dtype).view(1, length, 3, self.heads, self.head_width)
+            mixed = scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))
+            mixed = mixed.transpose(1, 2).reshape(length, width)
+            x += block.out(mixed.to(block.out.bias.dtype))
+            h = layer_norm(x, (width,), *block.norm2)
+            x += block.fc2(block.fc1(h.to(block.fc1.bias.dtype), gelu=True))
+        return layer_norm(x, (width,), *self.norm_after) if layer == self.layers else x
+
+
+def windows(length: int, long: str) -> list[tuple[int, int]]:
+    """Pieces (start, end) in which ESM2 sees a protein of `length` residues.
+
+    `window`: WINDOW residues every STRIDE, the last one as long as what is left; `truncate`: the
+    first WINDOW residues.
+    """
+    if long == "truncate":
+        return [(0, min(length, WINDOW))]
+    starts = range(0, max(1, length - WINDOW + STRIDE), STRIDE)
+    return [(start, min(start + WINDOW, length)) for start in starts]
+
+
+def embed(model: Esm2, sequence: str, layer: int, long: str, stop: threading.Event) -> torch.Tensor:
+    """Mean over the residues of a protein, float32 (width,); a window at a time in memory.
+
+    Where windows overlap, a residue's vector is the mean of what they say of it.
+    """
+    import torch
+
+    pieces = windows(len(sequence), long)
+    seen = torch.zeros(len(sequence))
+    for start, end in pieces:
+        seen[start:end] += 1
+    total = torch.zeros(len(model.embedding[0]), dtype=torch.float64)
+    with torch.inference_mode():
+        for start, end in pieces:
+            if stop.is_set():
+                raise CancelledError
+            residues = model(model.tokens(sequence[start:end]), layer)[1:-1]
+            share = 1 / seen[start:end, None].to(residues.device)
+            total += (residues * share).sum(0).cpu()  # MPS has no float64
+    vector = (total / seen.count_nonzero()).float()
+    if not vector.isfinite().all():
+        raise InputError(
+            "ESM2 gave NaN or infinity for a protein that starts with "
+            f"{sequence[:20]}; try --precision float32"
+        )
+    return vector
+
+
+# ---------------------------------------------------------------------------------------------
+# ESM2: cache and run
+# ---------------------------------------------------------------------------------------------
+
+
+class Cache:
+    """Vectors of finished proteins in a SQLite file, which several runs may use at once.
+
+    A damaged file is set aside and begun anew, a damaged vector is computed again; a file that
+    cannot be used (no space, no permission) costs a warning, not the run.
+
+    Parameters
+    ----------
+    path
+        The file; None keeps nothing.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.db: sqlite3.Connection | None = None
+        if path is not None:
+            self._run("SELECT 1 FROM vectors LIMIT 1")
+
+    def get(self, key: bytes) -> torch.Tensor | None:
+        """The vector of a key, float32 (width,), or None."""
+        import torch
+
+        for crc, blob in self._run("SELECT crc, vector FROM vectors WHERE key = ?", key):
+            if zlib.crc32(blob) == crc:
+                return torch.frombuffer(bytearray(blob), dtype=torch.float32)
+            warn(f"cache {self.path}: a damaged vector is computed again")
+        return None
+
+    def put(self, key: bytes, vector: torch.Tensor) -> None:
+        """Keep a vector; it is on disk when this returns."""
+        blob = vector.numpy().tobytes()
+        self._run("INSERT OR REPLACE INTO vectors VALUES (?, ?, ?)", key, zlib.crc32(blob), blob)
+
+    def _open(self, path: Path) -> sqlite3.Connection:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        db = sqlite3.connect(path, timeout=60, isolation_level=None)
+        if network_file_system(path.parent) is None:
+            db.execute("PRAGMA journal_mode = WAL")  # needs shared memory, so no network folder
+        db.execute("PRAGMA synchronous = NORMAL")
+        db.execute(
+            "CREATE TABLE IF NOT EXISTS vectors (key BLOB PRIMARY KEY, crc INTEGER, vector BLOB)"
+        )
+        return db
+
+    def _run(self, statement: str, *values: object) -> list[tuple[Any, ...]]:
+        for _ in range(2):  # again after a damaged file was set aside
+            if self.path is None:
+                break
+            try:
+                self.db = self.db or self._open(self.path)
+                return self.db.execute(statement, values).fetchall()
+            except (sqlite3.OperationalError, OSError) as error:
+                warn(f"cache {self.path} cannot be used ({error}): going on without it")
+                self.path = None
+            except sqlite3.DatabaseError as error:
+                self._set_aside(self.path, error)
+        return []
+
+    def _set_aside(self, path: Path, error: sqlite3.DatabaseError) -> None:
+        if self.db is not None:
+            self.db.close()
+            self.db = None
+        kept = path.with_name(path.name + ".damaged")
+        path.replace(kept)
+        for journal in ("-wal", "-shm"):
+            path.with_name(path.name + journal).unlink(missing_ok=True)
+        warn(f"cache {path} is damaged ({error}): kept as {kept}, begun anew")
+
+
+def network_file_system(path: Path) -> str | None:
+    """Kind of the network or cloud file system that a folder is on, or None if it is local."""
+    import psutil
+
+    path = path.absolute()
+    mounts = {Path(p.mountpoint): p.fstype for p in psutil.disk_partitions(all=True)}
+    kind = next((mounts[p] for p in (path, *path.parents) if p in mounts), "").lower()
+    remote = kind.startswith(NETWORK_FILE_SYSTEMS) and kind != "fuse.fuse-overlayfs"
+    return kind if remote else None
+
+
+def open_cache(args: argparse.Namespace) -> Cache:
+    """The cache in --cache DIR, or in the user's cache folder, if that is on a local disk."""
+    import platformdirs
+
+    if args.no_cache:
+        return Cache(None)
+    folder = args.cache or platformdirs.user_cache_path("state-esm-features")
+    kind = network_file_system(folder)
+    if kind and args.cache:
+        warn(
+            f"--cache {folder} is on a network file system ({kind}), where SQLite is not safe when "
+            "two runs use it at once; choose a folder on a local disk"
+        )
+    elif kind:
+        local = Path(tempfile.gettempdir()) / f"state-esm-features-{os.getuid()}"
+        warn(f"{folder} is on a network file system ({kind}): the cache is {local} instead")
+        folder = local
+    return Cache(folder / "esm2_vectors.sqlite")
+
+
+def choose_device(name: str) -> torch.device:
+    """--device; `auto` takes a GPU that is there."""
+    import torch
+
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        name = next(device for device, is_there in there.items() if is_there)
+    if not there[name]:
+        raise InputError(f"--device {name}: torch sees none here; use --device auto or cpu")
+    return torch.device(name)
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """--precision; `auto` is bfloat16 on a GPU made for it, float32 everywhere else."""
+    import torch
+
+    if name != "auto":
+        return name
+    made_for_it = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return "bfloat16" if made_for_it else "float32"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that the vector of a sequence depends on: what the manifest says, and the cache's key."""
+
+    weights_sha256: str
+    layer: int
+    pooling: str
+    long: str
+    precision: str
+
+    def key(self, sequence: str) -> bytes:
+        """sha256 of the recipe and the sequence."""
+        return hashlib.sha256(f"{json.dumps(asdict(self))}\n{sequence}".encode()).digest()
+
+
+class Progress:
+    """Proteins and residues done: a bar on a terminal, else a line now and then."""
+
+    SECONDS = 30
+
+    def __init__(self, sequences: Sequence[str], quiet: bool) -> None:
+        from tqdm import tqdm
+
+        self.proteins, self.done = len(sequences), 0
+        self.bar = tqdm(
+            total=sum(map(len, sequences)),
+            unit=" residues",
+            unit_scale=True,
+            disable=True if quiet else None,
+        )
+        self.start = self.said = time.monotonic()
+        self.residues, self.quiet = 0, quiet
+
+    def add(self, sequence: str) -> None:
+        """One more protein is done."""
+        self.done, self.residues = self.done + 1, self.residues + len(sequence)
+        self.bar.update(len(sequence))
+        self.bar.set_postfix_str(f"{self.done:,} of {self.proteins:,} proteins", refresh=False)
+        now = time.monotonic()
+        last = self.done == self.proteins
+        if self.bar.disable and (last or now - self.said >= self.SECONDS):
+            self.said = now
+            rate = self.residues / max(now - self.start, 1e-9)
+            left = (self.bar.total - self.residues) / rate
+            log.info(
+                "%s of %s proteins, %s of %s residues, %s residues/s, %s left",
+                *(f"{self.done:,}", f"{self.proteins:,}", f"{self.residues:,}"),
+                *(f"{self.bar.total:,}", f"{rate:,.0f}", self.bar.format_interval(left)),
+            )
+        if last:
+            self.bar.close()
+
+
+def embed_all(
+    model: Esm2, sequences: Sequence[str], layer: int, long: str
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(sequence, vector) of each as it is finished, the longest begun first.
+
+    On a CPU every core has a protein of its own: small matrices do not keep many cores busy.
+    """
+    import torch
+
+    stop = threading.Event()
+    cores = torch.get_num_threads()
+    workers = min(cores, len(sequences)) if model.device.type == "cpu" else 1
+    pool = ThreadPoolExecutor(
+        workers, initializer=torch.set_num_threads, initargs=(max(1, cores // workers),)
+    )
+    try:
+        longest_first = sorted(sequences, key=len, reverse=True)
+        jobs = {pool.submit(embed, model, s, layer, long, stop): s for s in longest_first}
+        for job in as_completed(jobs):
+            yield jobs[job], job.result()
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(cores)
+
+
+def find_checkpoint(
+    genes: Sequence[str], tables: Sequence[Table], args: argparse.Namespace
+) -> Checkpoint | None:
+    """The model that computes `genes`, as wide as the tables; None if a dry run has no weights."""
+
+    def check_width(width: int | None) -> None:
+        if tables and width not in (None, tables[0].width):
+            fitting = [m for m, w in ESM2_WIDTHS.items() if w == tables[0].width]
+            raise InputError(
+                f"{count(len(genes), 'gene')} not in {tables[0].path} ({some(genes)}) would be "
+                f"computed with {args.esm_model}, which gives {width:,} values a gene; the table "
+                f"has {tables[0].width:,}. Choose an --esm-model of that width"
+                + (f" ({fitting[0]})" if fitting else "")
+                + ", or leave the table out"
+            )
+
+    check_width(ESM2_WIDTHS.get(args.esm_model))  # before gigabytes are downloaded
+    path = weights_path(args.esm_model, args.dry_run)
+    if path is None:
+        return None
+    checkpoint = open_checkpoint(args.esm_model, path)
+    check_width(checkpoint.width)
+    if args.layer is not None and not 0 <= args.layer <= checkpoint.layers:
+        raise InputError(
+            f"--layer {args.layer}: {args.esm_model} has layers 0 (embeddings) to "
+            f"{checkpoint.layers}"
+        )
+    return checkpoint
+
+
+def embed_genes(
+    genes: Sequence[str], proteins: Proteins, checkpoint: Checkpoint, args: argparse.Namespace
+) -> dict[str, torch.Tensor]:
+    """{gene: mean vector of its proteins, float32 (width,)}; each sequence is embedded once.
+
+    Raises
+    ------
+    InputError
+        The device is not there or out of memory, or a vector is not finite.
+    """
+    import torch
+
+    device = choose_device(args.device)
+    layer = checkpoint.layers if args.layer is None else args.layer
+    precision = choose_precision(args.precision, device)
+    recipe = Recipe(checkpoint.sha256, layer, "mean", args.long, precision)
+    proteins.recipe = recipe
+    sequences = list(dict.fromkeys(p.sequence for gene in genes for p in proteins[gene]))
+    long = sum(len(s) > WINDOW for s in sequences)
+    if long and args.long == "truncate":
+        warn(f"{count(long, 'protein')} cut after {WINDOW:,} residues by --long truncate")
+    cache = open_cache(args)
+    found = {s: cache.get(recipe.key(s)) for s in sequences}
+    vectors = {s: vector for s, vector in found.items() if vector is not None}
+    missing = [s for s in sequences if s not in vectors]
+    log.info(
+        "%s of %s: %s in the cache, %s to compute with %s on %s in %s",
+        *(count(len(sequences), "protein"), count(len(genes), "gene"), f"{len(vectors):,}"),
+        *(f"{len(missing):,}", args.esm_model, device.type, precision),
+    )
+    if missing:
+        try:
+            model = Esm2(checkpoint, device, getattr(torch, precision))
+            progress = Progress(missing, args.quiet)
+            for sequence, vector in embed_all(model, missing, layer, args.long):
+                vectors[sequence] = vector
+                cache.put(recipe.key(sequence), vector)
+                progress.add(sequence)
+        except torch.OutOfMemoryError as error:
+            raise InputError(
+                f"out of memory on {device.type}, where {args.esm_model} in {precision} and one "
+                f"window of {WINDOW:,} residues must fit; what is finished is kept. Free memory "
+                "there, or choose --precision bfloat16, --device cpu or a smaller --esm-model"
+            ) from error
+    return {
+        gene: torch.stack([vectors[p.sequence] for p in proteins[gene]]).double().mean(0).float()
+        for gene in genes
+    }
+
+
+# ---------------------------------------------------------------------------------------------
 # Resolution: label -> gene(s) -> vector
 # ---------------------------------------------------------------------------------------------
+
+
+Source = Table | Proteins
+"""Where the vector of a gene comes from: looked up, or computed."""
 
 
 @dataclass(frozen=True)
@@ -945,9 +1829,9 @@ class Gene:
     how
         exact, alias, control, or missing.
     gene
-        Key in the table, for exact and alias.
+        Key in the source, for exact and alias.
     source
-        Index of the table.
+        Index of the source.
     reason
         Why it is missing.
     """
@@ -997,59 +1881,85 @@ def read_aliases(pairs: Sequence[tuple[str, str]], path: Path | None) -> dict[st
 
 
 def resolve_gene(
-    name: str, tables: Sequence[Table], aliases: Mapping[str, str], control: str
+    name: str, sources: Sequence[Source], aliases: Mapping[str, str], control: str
 ) -> Gene:
-    """Resolve one gene: the control, the user's alias, then the exact key; first table wins."""
+    """Resolve one gene: the control, the user's alias, then the exact key; first source wins."""
     if name == control:
         return Gene(name, "control")
     key = aliases.get(name, name)
     how = "alias" if name in aliases else "exact"
-    for index, table in enumerate(tables):
-        if key in table.vectors:
+    for index, source in enumerate(sources):
+        if key in source:
             return Gene(name, how, key, index)
     if not name:
         return Gene(name, "missing", reason="empty label or part")
     via = f" (alias of {name!r})" if name in aliases else ""
-    return Gene(name, "missing", reason=f"{key!r}{via} is in no table")
+    kinds = {"table" if isinstance(s, Table) else "FASTA file": None for s in sources}
+    why = next((f" ({why})" for s in sources if (why := s.why_not(key))), "")
+    return Gene(
+        name,
+        "missing",
+        reason=f"{key!r}{via} is in no {' or '.join(kinds)}" + why,
+    )
 
 
 def resolve_label(
-    label: str, tables: Sequence[Table], aliases: Mapping[str, str], control: str
+    label: str, sources: Sequence[Source], aliases: Mapping[str, str], control: str
 ) -> Resolution:
     """Resolve a label: as it stands, else part by part if it is a combination A+B."""
-    whole = resolve_gene(label, tables, aliases, control)
+    whole = resolve_gene(label, sources, aliases, control)
     if whole.how != "missing" or "+" not in label:
         return Resolution(label, (whole,))
-    parts = (resolve_gene(part, tables, aliases, control) for part in label.split("+"))
+    parts = (resolve_gene(part, sources, aliases, control) for part in label.split("+"))
     return Resolution(label, tuple(parts))
 
 
-def read_vectors(
-    resolutions: Iterable[Resolution], tables: Sequence[Table]
-) -> dict[str, torch.Tensor]:
-    """{gene: float32 (width,)} of every gene used, each read from its table once.
+def genes_by_source(
+    resolutions: Iterable[Resolution], sources: Sequence[Source]
+) -> list[list[str]]:
+    """The genes that are used of each source."""
+    used = {p.gene: p.source for r in resolutions for p in r.parts if p.gene is not None}
+    return [[g for g, source in used.items() if source == i] for i in range(len(sources))]
 
-    Raises
-    ------
-    InputError
-        A vector holds NaN or infinity, or only zeros (State would take it for the control).
-    """
+
+def check_vectors(vectors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Refuse NaN, infinity, and vectors of zeros, which State would take for the control."""
     import torch
 
-    used = {p.gene: p.source for r in resolutions for p in r.parts if p.gene is not None}
-    vectors = {gene: tables[source or 0][gene] for gene, source in used.items()}
     for complaint, test in (
         ("holds NaN or infinite values", lambda v: not torch.isfinite(v).all()),
         ("holds only zeros, which State takes for the control", lambda v: not v.any()),
     ):
         bad = sorted(gene for gene, v in vectors.items() if test(v))
         if bad:
-            path = tables[used[bad[0]] or 0].path
             raise InputError(
                 f"{path}: the vector of {count(len(bad), 'gene')} in use {complaint} "
                 f"({some(bad)}); repair the table, or remove them from it and choose "
                 "--missing mean"
             )
+
+
+def read_vectors(
+    used: Sequence[Sequence[str]],
+    sources: Sequence[Source],
+    checkpoint: Checkpoint | None,
+    args: argparse.Namespace,
+) -> dict[str, torch.Tensor]:
+    """{gene: float32 (width,)} of the genes used of each source, looked up or computed.
+
+    Raises
+    ------
+    InputError
+        A vector of a table is not finite or zero; a protein cannot be embedded.
+    """
+    vectors: dict[str, torch.Tensor] = {}
+    for source, genes in zip(sources, used, strict=True):
+        if isinstance(source, Table):
+            found = {gene: source[gene] for gene in genes}
+            check_vectors(found, source.path)
+            vectors |= found
+        elif checkpoint is not None:
+            vectors |= embed_genes(genes, source, checkpoint, args)
     return vectors
 
 
@@ -1134,11 +2044,14 @@ def how_resolved(resolution: Resolution, missing: str) -> str:
     return missing if how == "missing" else how
 
 
-def label_record(resolution: Resolution, missing: str) -> dict[str, Any]:
+def label_record(resolution: Resolution, sources: Sequence[Source], missing: str) -> dict[str, Any]:
     """What the manifest says of one label."""
 
     def fields(part: Gene) -> dict[str, Any]:
-        return {k: v for k, v in (("gene", part.gene), ("source", part.source)) if v is not None}
+        if part.gene is None or part.source is None:
+            return {}
+        origin = sources[part.source].origin(part.gene)
+        return {"gene": part.gene, "source": part.source, **origin}
 
     record: dict[str, Any] = {"how": how_resolved(resolution, missing)}
     if len(resolution.parts) == 1:
@@ -1153,8 +2066,9 @@ def label_record(resolution: Resolution, missing: str) -> dict[str, Any]:
 def build_manifest(
     args: argparse.Namespace,
     labels: Labels,
-    tables: Sequence[Table],
+    sources: Sequence[Source],
     resolutions: Sequence[Resolution],
+    width: int,
     features_sha256: str,
 ) -> dict[str, Any]:
     """The manifest: the same for the same inputs, so it holds no time of day."""
@@ -1169,21 +2083,13 @@ def build_manifest(
         },
         "command": args.command,
         "control": labels.control,
-        "width": tables[0].width,
+        "width": width,
         "features_sha256": features_sha256,
         "inputs": labels.inputs,
-        "sources": [
-            {
-                "kind": "table",
-                "path": str(t.path),
-                "sha256": sha256_of(t.path),
-                "genes": len(t.vectors),
-            }
-            for t in tables
-        ],
+        "sources": [source.record() for source in sources],
         "policy": {"missing": args.missing, "combine": args.combine, "separator": "+"},
         "ablation": {"kind": args.ablation, "seed": args.seed} if args.ablation else None,
-        "labels": {r.label: label_record(r, args.missing) for r in resolutions},
+        "labels": {r.label: label_record(r, sources, args.missing) for r in resolutions},
         "missing": {r.label: r.reason for r in resolutions if r.reason},
     }
 
@@ -1225,17 +2131,20 @@ def write_features(
 
 
 def write_report(
-    path: Path, resolutions: Sequence[Resolution], tables: Sequence[Table], args: argparse.Namespace
+    path: Path,
+    resolutions: Sequence[Resolution],
+    sources: Sequence[Source],
+    args: argparse.Namespace,
 ) -> None:
     """One line a label, tab-separated: how it was resolved, to what, from where."""
     lines = ["label\thow\tgenes\tsource\treason"]
     for r in resolutions:
         genes = "+".join(p.gene or p.name for p in r.parts)
-        sources = sorted({str(tables[p.source].path) for p in r.parts if p.source is not None})
+        origins = sorted({str(sources[p.source].path) for p in r.parts if p.source is not None})
         how = how_resolved(r, args.missing)
         if r.reason and args.missing == "error":
             how = "missing"
-        cells = (r.label, how, genes, ";".join(sources), r.reason or "")
+        cells = (r.label, how, genes, ";".join(origins), r.reason or "")
         lines.append("\t".join(re.sub(r"[\t\r\n]", " ", c) for c in cells))
     write_whole(path, lambda f: f.write(("\n".join(lines) + "\n").encode()))
 
@@ -1260,15 +2169,16 @@ def check_missing(
     reason = f": {missing[0].reason}" if len(missing) == 1 else ""
     raise InputError(
         f"{len(missing):,} of {count(total, 'label')} have no embedding ({names}){reason}.{also} "
-        "Add a table that has them with --esm-embeddings, rename with --alias OLD=NEW, see all "
-        "with --report FILE.tsv --dry-run, or accept with --missing mean"
+        "Add a table that has them with --esm-embeddings, or their proteins with --fasta, rename "
+        "with --alias OLD=NEW, see all with --report FILE.tsv --dry-run, or accept with "
+        "--missing mean"
     )
 
 
 def summary(
     resolutions: Sequence[Resolution],
     labels: Labels,
-    tables: Sequence[Table],
+    sources: Sequence[Source],
     args: argparse.Namespace,
 ) -> str:
     """The closing table: labels by how they were resolved, width, source."""
@@ -1277,7 +2187,7 @@ def summary(
     rows = [
         ("labels", f"{len(resolutions):,} ({tally})"),
         *(("from", f"{i['path']} ({count(i['labels'], 'label')})") for i in labels.inputs),
-        *(("source", f"{t.path} ({count(len(t.vectors), 'gene')} x {t.width:,})") for t in tables),
+        *(("source", str(source)) for source in sources),
     ]
     if args.ablation:
         rows.append(("ablation", f"{args.ablation}, seed {args.seed}: no gene has its own vector"))
@@ -1299,6 +2209,20 @@ MISSING_HELP = (
     "labels without embedding: refuse them, or fill in the mean of the genes found, or zeros, "
     "which State takes for control (default: error)"
 )
+
+
+SEQUENCES = "sequences (with --fasta)"
+DEFAULT_MODEL = "esm2_t33_650M_UR50D"
+PRECISIONS = ("float32", "bfloat16", "float16")
+MODEL_HELP = (
+    f"{', '.join(ESM2_WIDTHS)} (downloaded by need), or a local checkpoint of fair-esm's format "
+    "(default: %(default)s)"
+)
+ISOFORMS_HELP = "of a gene with several proteins: mean of all, or one (default: mean)"
+LONG_HELP = (
+    f"over {WINDOW:,} residues: mean over windows every {STRIDE}, or cut there (default: window)"
+)
+PRECISION_HELP = "(default: bfloat16 on a GPU that has it, else float32)"
 
 
 def alias_pair(text: str) -> tuple[str, str]:
@@ -1329,6 +2253,18 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("sources").add_argument
     add("--esm-embeddings", **files, help=f"table {{symbol: vector}}: {TABLE_HELP}")
+    add("--fasta", **files, help="proteins of genes that no table has, .gz too; repeatable")
+
+    group = parser.add_argument_group(SEQUENCES)
+    add = group.add_argument
+    add("--esm-model", metavar="NAME|FILE", default=DEFAULT_MODEL, help=MODEL_HELP)
+    add("--isoforms", choices=("mean", "longest", "first"), default="mean", help=ISOFORMS_HELP)
+    add("--long", choices=("window", "truncate"), default="window", help=LONG_HELP)
+    add("--layer", type=int, metavar="N", help="layer to average over (default: the last)")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(default: auto)")
+    add("--precision", choices=("auto", *PRECISIONS), default="auto", help=PRECISION_HELP)
+    add("--cache", type=Path, metavar="DIR", help="of finished proteins (default: user's cache)")
+    add("--no-cache", action="store_true", help="compute every protein, keep none")
 
     add = parser.add_argument_group("symbols").add_argument
     pairs: dict[str, Any] = {"type": alias_pair, "action": "append", "default": []}
@@ -1358,36 +2294,47 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--output {args.output} is a folder; give the name of a file in it")
     labels = collect_labels(args)
     tables = open_tables(args)
-    if not tables:  # a dry run that would have to download
+    sources: list[Source] = [*tables, *([load_proteins(args)] if args.fasta else [])]
+    if not sources:  # a dry run that would have to download
         log.info("%s to look up: %s", count(len(labels.names), "label"), some(labels.names))
         return 0
     if args.all_genes:
-        genes = [g for t in tables for g in t.vectors if g != labels.control]
-        labels.add(genes, path=some(str(t.path) for t in tables), kind="all-genes")
+        genes = [g for source in sources for g in source.symbols if g != labels.control]
+        labels.add(genes, path=some(str(source.path) for source in sources), kind="all-genes")
     names = dict.fromkeys([*labels.names, labels.control])
     aliases = read_aliases(args.alias, args.aliases)
-    resolutions = [resolve_label(n, tables, aliases, labels.control) for n in names]
+    resolutions = [resolve_label(n, sources, aliases, labels.control) for n in names]
     for name in sorted(set(dict(args.alias)) - {p.name for r in resolutions for p in r.parts}):
         warn(f"--alias {name}={aliases[name]}: no label {name!r}{did_you_mean(name, names)}")
     if args.report:
-        write_report(args.report, resolutions, tables, args)
+        write_report(args.report, resolutions, sources, args)
     check_missing(resolutions, labels, args)
-    vectors = read_vectors(resolutions, tables)
-    if not vectors:
+    used = genes_by_source(resolutions, sources)
+    if not any(used):
         raise InputError(
-            f"none of the {count(len(names) - 1, 'label')} is in a table: other species or naming? "
-            f"labels: {some(names)}; table: {some(tables[0].vectors)}"
+            f"none of the {count(len(names) - 1, 'label')} is in a source: other species or "
+            f"naming? labels: {some(names)}; {sources[0].path}: {some(sources[0].symbols)}"
         )
+    to_embed = used[-1] if args.fasta else []
+    checkpoint = find_checkpoint(to_embed, tables, args) if to_embed else None
+    if args.dry_run and to_embed:
+        log.info("%s", summary(resolutions, labels, sources, args))
+        log.info("dry run: %s to compute, nothing written", count(len(to_embed), "gene"))
+        return 0
+    vectors = read_vectors(used, sources, checkpoint, args)
     if args.ablation:
         vectors = shuffle_vectors(vectors, args.seed)
-    features = build_features(resolutions, vectors, tables[0].width, args)
-    log.info("%s", summary(resolutions, labels, tables, args))
+    width = len(next(iter(vectors.values())))
+    features = build_features(resolutions, vectors, width, args)
+    log.info("%s", summary(resolutions, labels, sources, args))
     if args.dry_run:
         set_aside(args.output, act=False)
         log.info("dry run: %s not written", args.output)
         return 0
     write_features(
-        args.output, features, lambda sha: build_manifest(args, labels, tables, resolutions, sha)
+        args.output,
+        features,
+        lambda sha256: build_manifest(args, labels, sources, resolutions, width, sha256),
     )
     print(args.output)
     return 0
@@ -1402,6 +2349,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("no labels: give --from-toml, --gene-list, --adata or --all-genes")
     if args.output is None:
         parser.error("--output FILE is required")
+    if not args.fasta:
+        sequences = next(g for g in parser._action_groups if g.title == SEQUENCES)
+        for action in sequences._group_actions:
+            if getattr(args, action.dest) != action.default:
+                parser.error(f"{action.option_strings[0]} needs --fasta FILE")
     start_log(args.quiet)
     return exit_code(lambda: run(args))
 
