@@ -36,8 +36,8 @@ ZERO = [0.0, 0.0, 0.0]
 IN_TABLE = ("--esm-embeddings", "table.pt")
 OUT = ("--output", "o.pt")
 HINT = (
-    "Add a table that has them with --esm-embeddings, rename with --alias OLD=NEW, see all with "
-    "--report FILE.tsv --dry-run, or accept with --missing mean"
+    "Add a table that has them with --esm-embeddings, or their proteins with --fasta, rename with "
+    "--alias OLD=NEW, see all with --report FILE.tsv --dry-run, or accept with --missing mean"
 )
 
 
@@ -327,8 +327,8 @@ def test_a_table_of_other_names_is_an_error_whatever_missing_says(
         words = {"mean": "the mean vector", "zero": "zeros, as if they were control"}[policy]
         message = (
             f"warning: 2 of 2 labels missing (Trp53, Myc): filled with {words}\n"
-            "error: none of the 2 labels is in a table: other species or naming? labels: Trp53, "
-            f"Myc, {CONTROL}; table: A, B, C\n"
+            "error: none of the 2 labels is in a source: other species or naming? labels: Trp53, "
+            f"Myc, {CONTROL}; table.pt: A, B, C\n"
         )
     assert done == Result(1, "", message)
     assert files(tmp_path) == before

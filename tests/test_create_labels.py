@@ -287,8 +287,8 @@ def test_a_few_shot_label_that_no_file_holds_is_reported_as_a_probable_typo(
         "",
         f"{warning}error: 1 of 12 labels have no embedding ({typo}): '{typo}' is in no table. "
         f"{typo}: only in [fewshot], probably a typo. Add a table that has them with "
-        "--esm-embeddings, rename with --alias OLD=NEW, see all with --report FILE.tsv --dry-run, "
-        "or accept with --missing mean\n",
+        "--esm-embeddings, or their proteins with --fasta, rename with --alias OLD=NEW, see all "
+        "with --report FILE.tsv --dry-run, or accept with --missing mean\n",
     )
     done = create(*arguments, "--alias", f"{typo}=SIM003")
     assert done == Result(0, "o.pt\n", warning)
