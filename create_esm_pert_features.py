@@ -1263,6 +1263,7 @@ def weights_path(model: str, dry_run: bool) -> Path | None:
 
 def _download_weights(url: str, path: Path) -> None:
     """Download with torch.hub, as fair-esm does, and check that all of it came."""
+    import http.client
     import urllib.request
 
     import torch
@@ -1280,7 +1281,7 @@ def _download_weights(url: str, path: Path) -> None:
         if part.stat().st_size != size:
             raise OSError(f"{part.stat().st_size:,} of {size:,} bytes came")
         part.replace(path)
-    except (OSError, TypeError, ValueError) as error:  # URLError is an OSError
+    except (OSError, http.client.HTTPException, TypeError, ValueError) as error:
         raise InputError(
             f"cannot download {url}: {_line(error)}. Run again when it can be reached, or pass the "
             "file with --esm-model FILE"
@@ -1316,12 +1317,16 @@ def open_checkpoint(model: str, path: Path) -> Checkpoint:
             *(int(config.encoder_embed_dim), int(config.encoder_attention_heads)),
             *(bool(config.token_dropout), weights),
         )
+        if checkpoint.layers < 1 or checkpoint.heads < 1 or checkpoint.width % checkpoint.heads:
+            raise ValueError(
+                f"{checkpoint.layers} layers, width {checkpoint.width}, {checkpoint.heads} heads"
+            )
         with torch.device("meta"):  # fair-esm's own model says which weights of which shape
             reference = fair_esm().ESM2(checkpoint.layers, checkpoint.width, checkpoint.heads)
         for name, weight in reference.state_dict().items():
             if not name.startswith("contact_head.") and weights[name].shape != weight.shape:
                 raise ValueError(f"{name} has shape {tuple(weights[name].shape)}")
-    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
         raise InputError(
             f"{path} is no ESM2 checkpoint in fair-esm's format ({_line(error)}); the published "
             "files are esm2_*.pt"

@@ -1,0 +1,510 @@
+"""ESM2: weights, forward, windows and download, against fair-esm, transformers and a real server.
+
+Checkpoints have random weights in the layout of the published files. Every parameter is random,
+layer norms and biases too (fair-esm starts those at 1 and 0), so none can be left out unseen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.server
+import math
+import random
+import string
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import esm
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+import create_esm_pert_features as script
+from create_esm_pert_features import (
+    ESM2_WIDTHS,
+    RESIDUES,
+    Checkpoint,
+    Esm2,
+    InputError,
+    embed,
+    embed_all,
+    open_checkpoint,
+    weights_path,
+    windows,
+)
+
+CPU = torch.device("cpu")
+NAME = "esm2_t6_8M_UR50D"
+
+
+def write_checkpoint(
+    path: Path,
+    layers: int,
+    width: int,
+    heads: int,
+    seed: int = 0,
+    *,
+    token_dropout: bool = True,
+    dtype: torch.dtype = torch.float32,
+    spoil: Callable[[dict[str, Any]], object] = lambda content: None,
+) -> esm.model.esm2.ESM2:
+    """Write random weights as fair-esm publishes them; fair-esm's model of the same weights.
+
+    `spoil` may change what is written.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = esm.model.esm2.ESM2(layers, width, heads, token_dropout=token_dropout).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 1:
+                    parameter.add_(torch.randn_like(parameter) / 10)
+    if dtype != torch.float32:
+        model = model.to(dtype).float()
+    weights = {
+        ("encoder." if k.startswith("lm_head.") else "encoder.sentence_encoder.") + k: v.to(dtype)
+        for k, v in model.state_dict().items()
+        if not k.startswith("contact_head.")
+    }
+    config = argparse.Namespace(
+        encoder_layers=layers,
+        encoder_embed_dim=width,
+        encoder_attention_heads=heads,
+        token_dropout=token_dropout,
+    )
+    content = {"cfg": {"model": config}, "model": weights}
+    spoil(content)
+    torch.save(content, path)
+    return model
+
+
+def protein(length: int, seed: int = 0) -> str:
+    """A random sequence of all letters that ESM2 has a token for."""
+    return "".join(random.Random(seed * 10_007 + length).choices(sorted(RESIDUES), k=length))
+
+
+def opened(path: Path, dtype: torch.dtype = torch.float32) -> Esm2:
+    """The model of a checkpoint, on the CPU."""
+    return Esm2(open_checkpoint(str(path), path), CPU, dtype)
+
+
+def mean(model: Esm2, sequence: str, layer: int, long: str = "window") -> torch.Tensor:
+    """embed() that nobody stops."""
+    return embed(model, sequence, layer, long, threading.Event())
+
+
+def assert_near(
+    ours: torch.Tensor, theirs: torch.Tensor, what: object, limit: float = 1e-5
+) -> None:
+    """Same shape, float32, nowhere further apart than `limit`."""
+    assert ours.shape == theirs.shape, what
+    assert ours.dtype == torch.float32, what
+    assert (ours - theirs).abs().max().item() <= limit, what
+
+
+# ---------------------------------------------------------------------------------------------
+# The same numbers as other implementations
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("layers", "width", "heads", "options"),
+    [
+        (6, 40, 20, {}),
+        (12, 40, 4, {}),
+        (30, 40, 4, {}),
+        (33, 40, 4, {}),
+        (36, 40, 4, {}),
+        (48, 40, 4, {}),
+        (6, 64, 4, {}),
+        (6, 64, 4, {"token_dropout": False}),
+        (6, 64, 4, {"dtype": torch.float16}),
+    ],
+)
+@torch.no_grad()
+def test_layers_equal_fair_esm(
+    tmp_path: Path, layers: int, width: int, heads: int, options: dict[str, Any]
+) -> None:
+    """Every asked layer, token by token, from one residue to a long window."""
+    theirs = write_checkpoint(tmp_path / "w.pt", layers, width, heads, seed=layers, **options)
+    ours = opened(tmp_path / "w.pt")
+    alphabet = esm.Alphabet.from_architecture("ESM-1b")
+    longest = (1022,) if heads == 4 and layers in (6, 48) else ()  # slow in fair-esm
+    for length in (1, 2, 17, 300, *longest):
+        sequence = protein(length)
+        tokens = alphabet.get_batch_converter()([("", sequence)])[2]
+        assert ours.tokens(sequence).tolist() == tokens[0].tolist()
+        expected = theirs(tokens, repr_layers=[0, 1, layers])["representations"]
+        for layer in (0, 1, layers):
+            assert_near(ours(tokens[0], layer), expected[layer][0], (length, layer))
+
+
+@torch.no_grad()
+def test_means_equal_a_padded_batch_of_fair_esm(tmp_path: Path) -> None:
+    """Rows of a batch, padded to the longest, give the vectors of the sequences alone."""
+    theirs = write_checkpoint(tmp_path / "w.pt", 6, 64, 4)
+    ours = opened(tmp_path / "w.pt")
+    proteins = [(str(n), protein(n)) for n in (17, 1, 300, 2, 129)]
+    alphabet = esm.Alphabet.from_architecture("ESM-1b")
+    tokens = alphabet.get_batch_converter()(proteins)[2]
+    assert tokens.eq(alphabet.padding_idx).any()
+    expected = theirs(tokens, repr_layers=[0, 3, 6])["representations"]
+    for layer in (0, 3, 6):
+        for row, (name, sequence) in zip(expected[layer], proteins, strict=True):
+            theirs_mean = row[1 : len(sequence) + 1].mean(0)
+            assert_near(mean(ours, sequence, layer), theirs_mean, (name, layer))
+
+
+def transformers_name(name: str) -> str:
+    """What transformers' EsmModel calls a weight of fair-esm."""
+    for theirs, other in (
+        ("embed_tokens", "embeddings.word_embeddings"),
+        ("emb_layer_norm_after", "encoder.emb_layer_norm_after"),
+        ("self_attn_layer_norm", "attention.LayerNorm"),
+        ("self_attn.out_proj", "attention.output.dense"),
+        ("self_attn.q_proj", "attention.self.query"),
+        ("self_attn.k_proj", "attention.self.key"),
+        ("self_attn.v_proj", "attention.self.value"),
+        ("final_layer_norm", "LayerNorm"),
+        ("fc1", "intermediate.dense"),
+        ("fc2", "output.dense"),
+    ):
+        name = name.replace(theirs, other)
+    return name.replace("layers.", "encoder.layer.") if name.startswith("layers.") else name
+
+
+@torch.no_grad()
+def test_layers_equal_transformers(tmp_path: Path) -> None:
+    """A second implementation, by others, on the same weights."""
+    transformers = pytest.importorskip("transformers")
+    fair = write_checkpoint(tmp_path / "w.pt", 6, 64, 4)
+    config = transformers.EsmConfig(
+        vocab_size=33,
+        hidden_size=64,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        intermediate_size=256,
+        position_embedding_type="rotary",
+        token_dropout=True,
+        mask_token_id=32,
+        pad_token_id=1,
+        emb_layer_norm_before=False,
+        layer_norm_eps=1e-5,
+    )
+    theirs = transformers.EsmModel(config, add_pooling_layer=False).eval()
+    weights = {
+        transformers_name(k): v
+        for k, v in fair.state_dict().items()
+        if not k.startswith(("lm_head.", "contact_head.")) and "rot_emb" not in k
+    }
+    loaded = theirs.load_state_dict(weights, strict=False)
+    assert loaded.unexpected_keys == []
+    assert [k for k in loaded.missing_keys if "inv_freq" not in k and "contact" not in k] == []
+    ours = opened(tmp_path / "w.pt")
+    for length in (1, 2, 17, 300, 1022):
+        tokens = ours.tokens(protein(length))[None]
+        answer = theirs(tokens, attention_mask=torch.ones_like(tokens), output_hidden_states=True)
+        assert_near(ours(tokens[0], 0), answer.hidden_states[0][0], (length, 0))
+        assert_near(ours(tokens[0], 1), answer.hidden_states[1][0], (length, 1))
+        assert_near(ours(tokens[0], 6), answer.last_hidden_state[0], (length, 6))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of 2 layers, width 40, 20 heads."""
+    path = tmp_path_factory.mktemp("weights") / "small.pt"
+    write_checkpoint(path, 2, 40, 20)
+    return path
+
+
+def test_published_token_ids(small: Path) -> None:
+    """Ids in facebookresearch/esm, tests/test_alphabet.py (MIT), and of every accepted letter."""
+    model = opened(small)
+    assert model.tokens("MKTVRQG").tolist() == [0, 20, 15, 11, 7, 10, 16, 6, 2]
+    twice = [0, 20, 15, 11, 7, 10, 16, 6, 20, 15, 11, 7, 10, 16, 6, 2]
+    assert model.tokens("MKTVRQGMKTVRQG").tolist() == twice
+    alphabet = esm.Alphabet.from_architecture("ESM-1b")
+    assert len(RESIDUES) == 25
+    assert set(string.ascii_uppercase) & set(alphabet.all_toks) == RESIDUES
+    for letter in RESIDUES:
+        assert model.tokens(letter).tolist() == [0, alphabet.get_idx(letter), 2]
+
+
+def test_bfloat16_is_near_float32(tmp_path: Path) -> None:
+    """The width of the smallest published model: the direction of a vector hardly changes."""
+    write_checkpoint(tmp_path / "w.pt", 6, 320, 20)
+    exact, half = opened(tmp_path / "w.pt"), opened(tmp_path / "w.pt", torch.bfloat16)
+    for length in (1, 17, 300):
+        a, b = (mean(model, protein(length), 6) for model in (exact, half))
+        assert b.dtype == torch.float32
+        assert torch.cosine_similarity(a.double(), b.double(), dim=0).item() >= 0.9999, length
+        assert not torch.equal(a, b)
+
+
+# ---------------------------------------------------------------------------------------------
+# Independence, windows
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """torch's number of threads, as it was before."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_vector_depends_on_its_sequence_only(
+    tmp_path: Path, threads: None, dtype: torch.dtype
+) -> None:
+    """Bit by bit the same in any order, alone, and on one thread or two."""
+    write_checkpoint(tmp_path / "w.pt", 3, 320, 20)
+    model = opened(tmp_path / "w.pt", dtype)
+    sequences = [protein(n) for n in (40, 1, 300, 2, 17, 1040, 41)]
+
+    def vectors(order: Sequence[str], cores: int) -> dict[str, torch.Tensor]:
+        torch.set_num_threads(cores)
+        found = dict(embed_all(model, order, 3, "window"))
+        assert torch.get_num_threads() == cores
+        return found
+
+    expected = vectors(sequences, 2)
+    assert set(expected) == set(sequences)
+    others = [vectors(sequences[::-1], 2), vectors(sorted(sequences), 1)]
+    others += [vectors([s], cores) for s in sequences for cores in (1, 2)]
+    for found in others:
+        for sequence, vector in found.items():
+            assert torch.equal(vector, expected[sequence]), (len(sequence), len(found))
+
+
+@given(st.integers(1, 40_000))
+@example(1022)
+@example(1023)
+@example(1533)
+@example(1534)
+@example(35_991)
+def test_windows_cover_a_protein(length: int) -> None:
+    """1,022 residues every 511, no more windows than needed; or the first 1,022 residues."""
+    pieces = windows(length, "window")
+    assert len(pieces) == max(1, math.ceil((length - 1022) / 511) + 1)
+    assert [start for start, _ in pieces] == [511 * i for i in range(len(pieces))]
+    assert all(end == min(start + 1022, length) for start, end in pieces)
+    assert {i for start, end in pieces for i in range(start, end)} == set(range(length))
+    assert (len(pieces) == 1) == (length <= 1022)
+    assert windows(length, "truncate") == [(0, min(length, 1022))]
+
+
+@torch.no_grad()
+def test_a_long_protein_is_the_mean_of_its_windows(tmp_path: Path) -> None:
+    """2,500 residues: each residue's vectors averaged over windows, then the residues'."""
+    theirs = write_checkpoint(tmp_path / "w.pt", 2, 40, 4)
+    model = opened(tmp_path / "w.pt")
+    sequence = protein(2500)
+    convert = esm.Alphabet.from_architecture("ESM-1b").get_batch_converter()
+    said: list[list[torch.Tensor]] = [[] for _ in sequence]
+    for start in (0, 511, 1022, 1533):
+        tokens = convert([("", sequence[start : start + 1022])])[2]
+        residues = theirs(tokens, repr_layers=[2])["representations"][2][0, 1:-1]
+        for i, vector in enumerate(residues):
+            said[start + i].append(vector)
+    assert [len(said[i]) for i in (0, 511, 1021, 1022, 2043, 2044, 2499)] == [1, 2, 2, 2, 2, 1, 1]
+    expected = torch.stack([torch.stack(v).mean(0) for v in said]).mean(0)
+    assert_near(mean(model, sequence, 2), expected, "window")
+    first = theirs(convert([("", sequence[:1022])])[2], repr_layers=[2])["representations"][2]
+    assert_near(mean(model, sequence, 2, "truncate"), first[0, 1:-1].mean(0), "truncate")
+
+
+# ---------------------------------------------------------------------------------------------
+# Checkpoints
+# ---------------------------------------------------------------------------------------------
+
+
+class Touch:
+    """Unpickled, it creates a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[str, str]]:
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("where", ["all", "cfg", "model"])
+def test_no_pickled_code_is_executed(tmp_path: Path, where: str, zipped: bool) -> None:
+    """A file that would create another when unpickled is refused, and creates none."""
+    trap, path = tmp_path / "executed", tmp_path / "w.pt"
+    write_checkpoint(path, 1, 8, 2)
+    content = torch.load(path, weights_only=False)
+    content = Touch(trap) if where == "all" else {**content, where: Touch(trap)}
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(InputError) as refused:
+        open_checkpoint(str(path), path)
+    assert not trap.exists()
+    assert str(refused.value) == (
+        f"{path} was refused without running it: it is no file of torch.save, or it holds pickled "
+        "Python objects beside tensors, and loading those can execute code. Give an ESM2 "
+        "checkpoint as fair-esm publishes it"
+    )
+    torch.load(path, weights_only=False)
+    assert trap.exists()  # the trap works
+
+
+FC1 = "encoder.sentence_encoder.layers.0.fc1.weight"
+
+
+def plain_table(content: dict[str, Any]) -> None:
+    """A {gene: vector} table instead."""
+    content.clear()
+    content["TP53"] = torch.ones(8)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (plain_table, "'cfg'"),
+        (lambda content: content.pop("model"), "'model'"),
+        (lambda content: content["model"].pop(FC1), "'layers.0.fc1.weight'"),
+        (
+            lambda content: content["model"].update({FC1: torch.ones(3, 4)}),
+            "layers.0.fc1.weight has shape (3, 4)",
+        ),
+    ],
+)
+def test_other_layouts_are_refused(
+    tmp_path: Path, spoil: Callable[[dict[str, Any]], object], why: str
+) -> None:
+    """Tables, and checkpoints that lack a weight or have one of another shape."""
+    path = tmp_path / "w.pt"
+    write_checkpoint(path, 1, 8, 2, spoil=spoil)
+    with pytest.raises(InputError) as refused:
+        open_checkpoint(str(path), path)
+    assert str(refused.value) == (
+        f"{path} is no ESM2 checkpoint in fair-esm's format ({why}); the published files are "
+        "esm2_*.pt"
+    )
+
+
+def test_no_contact_regression_is_needed(tmp_path: Path) -> None:
+    """fair-esm's loader wants a second file beside a model of this name."""
+    path = tmp_path / f"{NAME}.pt"
+    write_checkpoint(path, 3, 8, 2)
+    assert esm.pretrained._has_regression_weights(NAME)
+    assert [p.name for p in tmp_path.iterdir()] == [f"{NAME}.pt"]
+    checkpoint = open_checkpoint(NAME, path)
+    assert isinstance(checkpoint, Checkpoint)
+    assert (checkpoint.model, checkpoint.path) == (NAME, path)
+    assert (checkpoint.layers, checkpoint.width, checkpoint.heads) == (3, 8, 2)
+    assert checkpoint.token_dropout is True
+
+
+def test_every_model_of_fair_esm_is_known() -> None:
+    """The names are exactly fair-esm's."""
+    assert {name for name in dir(esm.pretrained) if name.startswith("esm2_")} == set(ESM2_WIDTHS)
+
+
+# ---------------------------------------------------------------------------------------------
+# Download
+# ---------------------------------------------------------------------------------------------
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves `body` at /models/NAME.pt, `missing` bytes fewer than it announces."""
+
+    body = b""
+    missing = 0
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.requests: list[tuple[str, str]] = []
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Answers HEAD and GET."""
+
+    server: Server
+
+    def do_HEAD(self) -> None:
+        self.server.requests.append((self.command, self.path))
+        if self.path != f"/models/{NAME}.pt" or not self.server.body:
+            self.send_error(404)
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.server.body) + self.server.missing))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(self.server.body)
+
+    do_GET = do_HEAD
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A server on loopback in the place of fair-esm's; torch.hub's folder is tmp_path/hub."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    torch.hub.set_dir(tmp_path / "hub")
+    with Server() as serving:
+        address = f"http://127.0.0.1:{serving.server_port}/models/{{}}.pt"
+        monkeypatch.setattr(script, "ESM2_URL", address)
+        thread = threading.Thread(target=serving.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield serving
+        serving.shutdown()
+        thread.join()
+
+
+def files(folder: Path) -> list[str]:
+    """All files under a folder, hidden ones too."""
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+def test_weights_are_downloaded_once(tmp_path: Path, server: Server) -> None:
+    """Into the folder where fair-esm looks, byte for byte; afterwards without the network."""
+    write_checkpoint(tmp_path / "served.pt", 1, 8, 2)
+    server.body = (tmp_path / "served.pt").read_bytes()
+    path = weights_path(NAME, False)
+    assert path == tmp_path / "hub" / "checkpoints" / f"{NAME}.pt"
+    assert path.read_bytes() == server.body
+    assert server.requests == [("HEAD", f"/models/{NAME}.pt"), ("GET", f"/models/{NAME}.pt")]
+    assert files(tmp_path / "hub") == [f"checkpoints/{NAME}.pt"]
+    assert open_checkpoint(NAME, path).layers == 1
+    assert weights_path(NAME, False) == weights_path(NAME, True) == path
+    assert len(server.requests) == 2
+
+
+def test_a_dry_run_downloads_nothing(tmp_path: Path, server: Server) -> None:
+    """No request, no folder."""
+    server.body = b"weights"
+    assert weights_path(NAME, True) is None
+    assert server.requests == []
+    assert not (tmp_path / "hub").exists()
+
+
+@pytest.mark.parametrize(
+    ("body", "missing", "why"),
+    [
+        (b"weights" * 1000, 100, "7,000 of 7,100 bytes came"),
+        (b"", 0, "HTTP Error 404: Not Found"),
+    ],
+    ids=["cut short", "not found"],
+)
+def test_a_failed_download_leaves_no_file(
+    tmp_path: Path, server: Server, body: bytes, missing: int, why: str
+) -> None:
+    """Cut short or not there: one message, and nothing a later run could take for weights."""
+    server.body, server.missing = body, missing
+    with pytest.raises(InputError) as failed:
+        weights_path(NAME, False)
+    assert str(failed.value) == (
+        f"cannot download {script.ESM2_URL.format(NAME)}: {why}. Run again when it can be "
+        "reached, or pass the file with --esm-model FILE"
+    )
+    assert files(tmp_path) == []
