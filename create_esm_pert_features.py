@@ -1085,7 +1085,9 @@ class Proteins:
         """File a record under its gene, or count why not."""
         identifier = (header.split() or ["(no name)"])[0]
         names = genes_in_header(header)
-        sequence = re.sub(r"\s", "", raw).upper().removesuffix("*")
+        sequence = re.sub(r"\s", "", raw).removesuffix("*")
+        if sequence.isascii():  # capitals of other letters can be residues
+            sequence = sequence.upper()
         reason = unusable(sequence) if names else "no gene in the header"
         if reason is None:
             self.symbols.setdefault(names[0])
@@ -1562,6 +1564,12 @@ class Cache:
         blob = vector.numpy().tobytes()
         self._run("INSERT OR REPLACE INTO vectors VALUES (?, ?, ?)", key, zlib.crc32(blob), blob)
 
+    def close(self) -> None:
+        """Fold the journal into the file."""
+        if self.db is not None:
+            self.db.close()
+            self.db = None
+
     def _open(self, path: Path) -> sqlite3.Connection:
         path.parent.mkdir(parents=True, exist_ok=True)
         db = sqlite3.connect(path, timeout=60, isolation_level=None)
@@ -1588,13 +1596,16 @@ class Cache:
         return []
 
     def _set_aside(self, path: Path, error: sqlite3.DatabaseError) -> None:
-        if self.db is not None:
-            self.db.close()
-            self.db = None
+        self.close()
         kept = path.with_name(path.name + ".damaged")
-        path.replace(kept)
-        for journal in ("-wal", "-shm"):
-            path.with_name(path.name + journal).unlink(missing_ok=True)
+        try:
+            path.replace(kept)
+            for journal in ("-wal", "-shm"):
+                path.with_name(path.name + journal).unlink(missing_ok=True)
+        except OSError as failure:
+            warn(f"cache {path} is damaged ({error}) and stays ({failure}): going on without it")
+            self.path = None
+            return
         warn(f"cache {path} is damaged ({error}): kept as {kept}, begun anew")
 
 
@@ -1720,9 +1731,8 @@ def embed_all(
     stop = threading.Event()
     cores = torch.get_num_threads()
     workers = min(cores, len(sequences)) if model.device.type == "cpu" else 1
-    pool = ThreadPoolExecutor(
-        workers, initializer=torch.set_num_threads, initargs=(max(1, cores // workers),)
-    )
+    # one thread each, always: the last bit of a vector may differ with the number of threads
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
     try:
         longest_first = sorted(sequences, key=len, reverse=True)
         jobs = {pool.submit(embed, model, s, layer, long, stop): s for s in longest_first}
@@ -1808,6 +1818,7 @@ def embed_genes(
                 f"window of {WINDOW:,} residues must fit; what is finished is kept. Free memory "
                 "there, or choose --precision bfloat16, --device cpu or a smaller --esm-model"
             ) from error
+    cache.close()
     return {
         gene: torch.stack([vectors[p.sequence] for p in proteins[gene]]).double().mean(0).float()
         for gene in genes

@@ -1,0 +1,740 @@
+"""Sequences to vectors: FASTA files, fair-esm's values, the cache, and runs that are stopped."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import gzip
+import json
+import random
+import re
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import esm
+import pytest
+import torch
+from conftest import ROOT, Result
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import create_esm_pert_features as script
+
+Create = Callable[..., Result]
+
+LETTERS = "ACDEFGHIKLMNPQRSTVWYXBUZO"
+SEQUENCES = {
+    "A": "MKTAYIAKQRQISFVKSHFSRQ",
+    "B": "MALWMRLLPLLALLALWGPDPAAAFVNQHLC",
+    "C": "MXBUZO",
+}
+ALL = ("--all-genes", "--fasta", "p.fasta", "--esm-model", "m.pt", "--device", "cpu")
+OUT = ("--output", "o.pt")
+ADVICE = (
+    "Add a table that has them with --esm-embeddings, or their proteins with --fasta, rename with "
+    "--alias OLD=NEW, see all with --report FILE.tsv --dry-run, or accept with --missing mean\n"
+)
+NAME_THE_GENE = (
+    ". Headers must name the gene: GN=SYMBOL, gene_symbol:SYMBOL, [gene=SYMBOL] or the symbol "
+    "alone\n"
+)
+
+
+def save_model(
+    path: Path, seed: int = 0, layers: int = 2, width: int = 16, dropout: bool = True
+) -> Any:
+    """Write random weights in the published layout; returns fair-esm's own model of them."""
+    torch.manual_seed(seed)
+    model = esm.model.esm2.ESM2(layers, width, 4, token_dropout=dropout).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # norms and biases are not 1 and 0 in real weights
+            parameter += 0.1 * torch.randn_like(parameter)
+    weights = {
+        ("encoder." if k.startswith("lm_head.") else "encoder.sentence_encoder.") + k: v
+        for k, v in model.state_dict().items()
+        if not k.startswith("contact_head.")
+    }
+    config = argparse.Namespace(
+        encoder_layers=layers,
+        encoder_embed_dim=width,
+        encoder_attention_heads=4,
+        token_dropout=dropout,
+    )
+    torch.save({"cfg": {"model": config}, "model": weights}, path)
+    return model
+
+
+def reference(model: Any, sequences: list[str], layer: int) -> list[torch.Tensor]:
+    """Mean over residues as fair-esm gives it, all sequences in one padded batch."""
+    convert = esm.Alphabet.from_architecture("ESM-1b").get_batch_converter()
+    tokens = convert([(str(i), s) for i, s in enumerate(sequences)])[2]
+    with torch.no_grad():
+        found = model(tokens, repr_layers=[layer])["representations"][layer]
+    return [v[1 : len(s) + 1].mean(0) for v, s in zip(found, sequences, strict=True)]
+
+
+def fasta(records: dict[str, str]) -> str:
+    return "".join(f">{header}\n{sequence}\n" for header, sequence in records.items())
+
+
+def features(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path / "o.pt", weights_only=True)
+
+
+def manifest(path: Path) -> dict[str, Any]:
+    return json.loads((path / "o.pt.json").read_text())
+
+
+def cached(err: str) -> tuple[int, int]:
+    """How many vectors were in the cache and how many had to be computed, as logged."""
+    found = re.search(r"([\d,]+) in the cache, ([\d,]+) to compute", err)
+    assert found, err
+    return int(found[1].replace(",", "")), int(found[2].replace(",", ""))
+
+
+def random_protein(rng: random.Random, length: int) -> str:
+    return "M" + "".join(rng.choices(LETTERS[:20], k=length - 1))
+
+
+def close(a: torch.Tensor, b: torch.Tensor, within: float = 1e-5) -> bool:
+    return a.dtype == torch.float32 and float((a - b).abs().max()) < within
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Any:
+    """m.pt and p.fasta in tmp_path; fair-esm's model with the weights of m.pt."""
+    (tmp_path / "p.fasta").write_text(fasta(SEQUENCES))
+    return save_model(tmp_path / "m.pt")
+
+
+@pytest.fixture
+def parse(tmp_path: Path) -> Callable[..., script.Proteins]:
+    """load_proteins on files of these contents."""
+
+    def load(*contents: str | bytes) -> script.Proteins:
+        paths = []
+        for i, content in enumerate(contents):
+            paths.append(tmp_path / f"{i}.fasta")
+            paths[-1].write_bytes(content.encode() if isinstance(content, str) else content)
+        args = script.build_parser().parse_args([f"--fasta={p}" for p in paths])
+        return script.load_proteins(args)
+
+    return load
+
+
+def sequences_of(proteins: script.Proteins) -> dict[str, list[str]]:
+    return {gene: [p.sequence for p in found] for gene, found in proteins.genes.items()}
+
+
+# --- FASTA ------------------------------------------------------------------------------------
+
+UNIPROT = (
+    "sp|P42224|STAT1_HUMAN Signal transducer and activator OS=Homo sapiens OX=9606 GN=STAT1 PE=1"
+)
+ENSEMBL = (
+    "ENSP00000354394.4 pep chromosome:GRCh38:2:190964358:191020960:-1 gene:ENSG00000115415{} "
+    "transcript:ENST00000361099.8 gene_biotype:protein_coding gene_symbol:STAT1 description:x"
+)
+
+
+@pytest.mark.parametrize(
+    ("header", "genes"),
+    [
+        (UNIPROT, ["STAT1"]),
+        ("sp|P1|X_HUMAN Name OS=Homo sapiens GN=HLA-A", ["HLA-A"]),
+        ("tr|P1|X Name GN=Two words PE=4 SV=1", ["Two words"]),
+        (ENSEMBL.format(".21"), ["STAT1", "ENSG00000115415"]),
+        (ENSEMBL.format(""), ["STAT1", "ENSG00000115415"]),
+        ("ENSP1 pep gene:ENSMUSG00000026104.15 gene_symbol:Stat1", ["Stat1", "ENSMUSG00000026104"]),
+        ("lcl|NC_1_prot_NP_1.1 [gene=TP53] [db_xref=GeneID:7157]", ["TP53"]),
+        ("P42224|GN=STAT1|Homo sapiens", ["STAT1"]),
+        ("P42224 | GN=STAT1 | Homo sapiens", ["STAT1"]),
+        ("TP53", ["TP53"]),
+        ("HLA-A.1", ["HLA-A.1"]),
+        ("ENSG00000115415.21", ["ENSG00000115415"]),
+        ("sp|P42224|STAT1_HUMAN", []),
+        ("NP_009330.1 signal transducer", []),
+        ("", []),
+    ],
+)
+def test_genes_in_a_header(header: str, genes: list[str]) -> None:
+    assert script.genes_in_header(header) == genes
+
+
+@pytest.mark.parametrize("version", ["", ".21"])
+def test_symbol_and_ensembl_id_are_both_labels(
+    tmp_path: Path, create: Create, model: Any, version: str
+) -> None:
+    (tmp_path / "p.fasta").write_text(fasta({ENSEMBL.format(version): SEQUENCES["A"]}))
+    (tmp_path / "genes.txt").write_text("ENSG00000115415\nSTAT1\n")
+    done = create("--gene-list", "genes.txt", *ALL[1:], *OUT, "--no-cache")
+    assert (done.code, done.out) == (0, "o.pt\n")
+    assert "1 protein of 2 genes: 0 in the cache, 1 to compute with m.pt on cpu" in done.err
+    found = features(tmp_path)
+    assert list(found) == ["ENSG00000115415", "STAT1", "non-targeting"]
+    assert torch.equal(found["STAT1"], found["ENSG00000115415"])
+    assert not found["non-targeting"].any()
+    assert manifest(tmp_path)["labels"]["ENSG00000115415"] == {
+        "how": "exact",
+        "gene": "ENSG00000115415",
+        "source": 0,
+        "proteins": [{"id": "ENSP00000354394.4", "residues": 22, "windows": 1}],
+    }
+
+
+def test_left_out_proteins_are_counted_with_their_reasons(
+    tmp_path: Path, create: Create, model: Any
+) -> None:
+    bad = {"nameless one": "MK", "S": "MK*LV", "D": "MK1LV", "J": "MJ", "E": "", "N two": "MK"}
+    (tmp_path / "p.fasta").write_text(fasta({"GOOD": "MKLV*", **bad}))
+    done = create(*ALL, *OUT, "--no-cache")
+    assert done.code == 0
+    assert done.err.splitlines()[0] == (
+        "warning: 6 of 7 proteins left out: 2 no gene in the header (nameless, N); 1 a stop (*) "
+        "inside the sequence (S); 2 characters that are no amino acids (D, J); 1 empty sequence (E)"
+    )
+    assert list(features(tmp_path)) == ["GOOD", "non-targeting"]
+    assert manifest(tmp_path)["sources"][0]["left_out"] == {
+        "no gene in the header": 2,
+        "a stop (*) inside the sequence": 1,
+        "characters that are no amino acids": 2,
+        "empty sequence": 1,
+    }
+
+
+def test_a_missing_label_says_why_its_record_was_left_out(
+    tmp_path: Path, create: Create, model: Any
+) -> None:
+    (tmp_path / "p.fasta").write_text(fasta({"A": "MK", "id1 GN=BAD PE=1": "MK*L"}))
+    (tmp_path / "genes.txt").write_text("A\nBAD\n")
+    done = create("--gene-list", "genes.txt", *ALL[1:], *OUT, "--no-cache")
+    assert (done.code, done.out) == (1, "")
+    assert done.err == (
+        "warning: 1 of 2 proteins left out: 1 a stop (*) inside the sequence (id1)\n"
+        "error: 1 of 2 labels have no embedding (BAD): 'BAD' is in no FASTA file (id1: a stop (*) "
+        f"inside the sequence). {ADVICE}"
+    )
+    assert not (tmp_path / "o.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            b">a b\nMK\n>\nML\n",
+            "2 of 2 proteins left out: 2 no gene in the header (a, (no name))" + NAME_THE_GENE,
+        ),
+        (
+            b">A\nacgt\n>B\nNNU\n",
+            "p.fasta holds nucleotides; give the file of the proteins (pep)\n",
+        ),
+        (b"MKLV\n", "p.fasta holds no protein: no line starts with '>'. Is it FASTA?\n"),
+        (b"", "p.fasta holds no protein: no line starts with '>'. Is it FASTA?\n"),
+        (
+            gzip.compress(random.Random(0).randbytes(3000), mtime=0)[:2000],
+            "FASTA file p.fasta cannot be read: damaged or cut short (Compressed file ended before "
+            "the end-of-stream marker was reached)\n",
+        ),
+    ],
+)
+def test_files_that_hold_no_usable_protein(
+    tmp_path: Path, create: Create, model: Any, content: bytes, message: str
+) -> None:
+    (tmp_path / "p.fasta").write_bytes(content)
+    done = create(*ALL, *OUT, "--no-cache")
+    assert (done.code, done.out, done.err) == (1, "", f"error: {message}")
+    assert not (tmp_path / "o.pt").exists()
+
+
+def test_a_damaged_gzip_is_said_to_be_damaged(tmp_path: Path, create: Create, model: Any) -> None:
+    whole = bytearray(gzip.compress(fasta(SEQUENCES).encode(), mtime=0))
+    whole[len(whole) // 2] ^= 0xFF
+    (tmp_path / "p.fasta").write_bytes(whole)
+    done = create(*ALL, *OUT, "--no-cache")
+    assert (done.code, done.out) == (1, "")
+    assert done.err.startswith("error: FASTA file p.fasta cannot be read: damaged or cut short (")
+    assert done.err.count("\n") == 1
+
+
+def test_no_such_fasta(tmp_path: Path, create: Create, model: Any) -> None:
+    (tmp_path / "p.fasta").unlink()
+    done = create(*ALL, *OUT, "--no-cache")
+    assert done.err == f"error: no such FASTA file: p.fasta (looked in {tmp_path})\n"
+
+
+def test_gzip_crlf_case_and_end_stop_change_nothing(parse: Callable[..., script.Proteins]) -> None:
+    plain = b">A\nMKTA\nYIAK\n>B\nMLQ\n"
+    for content in (
+        plain,
+        gzip.compress(plain),
+        plain.replace(b"\n", b"\r\n"),
+        b"\xef\xbb\xbf" + plain,
+        b">A\nmkta\nyiak*\n>B\nmLq*\n",
+        b">A\n\nMKTA YIAK\n\n>B\nM\tLQ",
+    ):
+        assert sequences_of(parse(content)) == {"A": ["MKTAYIAK"], "B": ["MLQ"]}
+
+
+def test_files_add_up_in_their_order(parse: Callable[..., script.Proteins]) -> None:
+    proteins = parse(">A\nMK\n>B\nML\n", ">A\nMKL\n")
+    assert sequences_of(proteins) == {"A": ["MK", "MKL"], "B": ["ML"]}
+    assert list(proteins.symbols) == ["A", "B"]
+    assert [Path(f["path"]).name for f in proteins.files] == ["0.fasta", "1.fasta"]
+
+
+RECORD = st.tuples(
+    st.text("ABCXYZ0189-", min_size=1, max_size=8),
+    st.text(LETTERS, min_size=1, max_size=80),
+    st.integers(1, 90),
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(RECORD, max_size=12), st.sampled_from(["\n", "\r\n", "\n\n"]))
+def test_what_is_written_as_fasta_is_read_back(
+    records: list[tuple[str, str, int]], end: str
+) -> None:
+    expected: dict[str, list[str]] = {}
+    text = ""
+    for symbol, sequence, width in [*records, ("last", "MMM", 2)]:  # M: never only nucleotides
+        expected.setdefault(symbol, []).append(sequence)
+        lines = [sequence[i : i + width] for i in range(0, len(sequence), width)]
+        text += end.join([f">{symbol}", *lines, ""])
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "p.fasta"
+        path.write_bytes(text.encode())
+        proteins = script.load_proteins(script.build_parser().parse_args([f"--fasta={path}"]))
+    assert sequences_of(proteins) == expected
+    assert list(proteins.symbols) == list(expected)
+    assert proteins.left_out == {}
+
+
+# --- values -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("isoforms", ["mean", "longest", "first"])
+def test_isoforms_have_the_values_of_fair_esm(
+    tmp_path: Path, create: Create, model: Any, isoforms: str
+) -> None:
+    a, b, c = SEQUENCES.values()
+    (tmp_path / "p.fasta").write_text(f">G\n{a}\n>G\n{b}\n>H\n{c}\n>H\n{a}\n>G\n{c}\n>I\n{b}\n")
+    done = create(*ALL, *OUT, "--isoforms", isoforms, "--no-cache")
+    assert done.code == 0
+    va, vb, vc = reference(model, [a, b, c], 2)
+    for sequence, vector in zip((a, b, c), (va, vb, vc), strict=True):  # padded or not
+        assert close(reference(model, [sequence], 2)[0], vector)
+    expected = {
+        "mean": ((va + vb + vc) / 3, (vc + va) / 2, vb, 3),
+        "longest": (vb, va, vb, 2),
+        "first": (va, vc, vb, 3),
+    }[isoforms]
+    found = features(tmp_path)
+    for gene, vector in zip("GHI", expected[:3], strict=True):
+        assert close(found[gene], vector), gene
+    assert (
+        f"{expected[3]} proteins of 3 genes: 0 in the cache, {expected[3]} to compute" in done.err
+    )
+    assert manifest(tmp_path)["sources"][0]["isoforms"] == isoforms
+    assert len(manifest(tmp_path)["labels"]["G"]["proteins"]) == (3 if isoforms == "mean" else 1)
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+@pytest.mark.parametrize("dropout", [True, False])
+def test_layers_have_the_values_of_fair_esm(
+    tmp_path: Path, create: Create, model: Any, layer: int, dropout: bool
+) -> None:
+    theirs = save_model(tmp_path / "m.pt", seed=1, dropout=dropout)
+    assert create(*ALL, *OUT, "--layer", layer, "--no-cache").code == 0
+    found = features(tmp_path)
+    expected = reference(theirs, list(SEQUENCES.values()), layer)
+    for gene, vector in zip(SEQUENCES, expected, strict=True):
+        assert close(found[gene], vector), gene
+    assert manifest(tmp_path)["sources"][0]["layer"] == layer
+
+
+@pytest.mark.parametrize("layer", [9, 3, -1])
+def test_a_layer_that_is_not_there(tmp_path: Path, create: Create, model: Any, layer: int) -> None:
+    done = create(*ALL, *OUT, "--layer", layer, "--no-cache")
+    assert (done.code, done.out) == (1, "")
+    assert done.err == f"error: --layer {layer}: m.pt has layers 0 (embeddings) to 2\n"
+
+
+def test_long_proteins_cut_or_in_windows(tmp_path: Path, create: Create, model: Any) -> None:
+    sequence = random_protein(random.Random(0), 1600)
+    (tmp_path / "p.fasta").write_text(fasta({"LONG": sequence, "EDGE": sequence[:1022]}))
+    cut = create(*ALL, *OUT, "--long", "truncate", "--no-cache")
+    assert cut.err.splitlines()[0] == (
+        "warning: 1 protein cut after 1,022 residues by --long truncate"
+    )
+    found = features(tmp_path)
+    assert close(found["LONG"], reference(model, [sequence[:1022]], 2)[0])
+    assert torch.equal(found["LONG"], found["EDGE"])
+    whole = create(*ALL, *OUT, "--no-cache")
+    assert "warning" not in whole.err
+    total, seen = torch.zeros(1600, 16), torch.zeros(1600, 1)
+    convert = esm.Alphabet.from_architecture("ESM-1b").get_batch_converter()
+    for start, end in ((0, 1022), (511, 1533), (1022, 1600)):
+        with torch.no_grad():
+            tokens = convert([("", sequence[start:end])])[2]
+            piece = model(tokens, repr_layers=[2])["representations"][2]
+        total[start:end] += piece[0, 1:-1]
+        seen[start:end] += 1
+    assert close(features(tmp_path)["LONG"], (total / seen).mean(0))
+    assert manifest(tmp_path)["labels"]["LONG"]["proteins"][0]["windows"] == 3
+
+
+def test_titin(tmp_path: Path, create: Create, model: Any) -> None:
+    (tmp_path / "p.fasta").write_text(fasta({"TTN": random_protein(random.Random(1), 34_350)}))
+    done = create(*ALL, *OUT, "--no-cache")
+    assert done.code == 0
+    vector = features(tmp_path)["TTN"]
+    assert vector.shape == (16,) and vector.isfinite().all() and vector.any()
+    assert manifest(tmp_path)["labels"]["TTN"]["proteins"] == [
+        {"id": "TTN", "residues": 34_350, "windows": 67}
+    ]
+
+
+# --- with a table -----------------------------------------------------------------------------
+
+
+def test_the_table_comes_first(tmp_path: Path, create: Create, model: Any) -> None:
+    table = {"A": torch.randn(16), "Z": torch.randn(16)}
+    torch.save(table, tmp_path / "table.pt")
+    (tmp_path / "genes.txt").write_text("A\nB\nA+C\n")
+    arguments = ("--gene-list", "genes.txt", "--esm-embeddings", "table.pt", *ALL[1:])
+    done = create(*arguments, *OUT, "--no-cache")
+    assert done.code == 0
+    assert "2 proteins of 2 genes: 0 in the cache, 2 to compute" in done.err
+    found = features(tmp_path)
+    b, c = reference(model, [SEQUENCES["B"], SEQUENCES["C"]], 2)
+    assert torch.equal(found["A"], table["A"])
+    assert close(found["B"], b)
+    assert close(found["A+C"], table["A"] + c)
+    labels = manifest(tmp_path)["labels"]
+    assert (labels["A"]["source"], labels["B"]["source"]) == (0, 1)
+    assert [s["kind"] for s in manifest(tmp_path)["sources"]] == ["table", "esm2"]
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "table", "fitting"),
+    [
+        ("m.pt", "16", 8, ""),
+        ("esm2_t6_8M_UR50D", "320", 1280, " (esm2_t33_650M_UR50D)"),
+        ("esm2_t33_650M_UR50D", "1,280", 5120, " (esm2_t48_15B_UR50D)"),
+    ],
+)
+def test_widths_that_differ(
+    tmp_path: Path,
+    create: Create,
+    model: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    width: str,
+    table: int,
+    fitting: str,
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr(script, "_download_weights", lambda *_: pytest.fail("downloads"))
+    torch.save({"A": torch.randn(table)}, tmp_path / "table.pt")
+    arguments = ("--all-genes", "--esm-embeddings", "table.pt", "--fasta", "p.fasta")
+    done = create(*arguments, "--esm-model", name, *OUT, "--no-cache")
+    assert (done.code, done.out) == (1, "")
+    assert done.err == (
+        f"error: 2 genes not in table.pt (B, C) would be computed with {name}, which gives {width} "
+        f"values a gene; the table has {table:,}. Choose an --esm-model of that width{fitting}, or "
+        "leave the table out\n"
+    )
+    assert not (tmp_path / "torch").exists()
+
+
+# --- usage ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--esm-model", "m.pt"),
+        ("--isoforms", "first"),
+        ("--long", "truncate"),
+        ("--layer", "0"),
+        ("--device", "cpu"),
+        ("--precision", "float32"),
+        ("--cache", "cache"),
+        ("--no-cache",),
+    ],
+)
+def test_options_of_sequences_need_sequences(create: Create, option: tuple[str, ...]) -> None:
+    done = create("--all-genes", *OUT, *option)
+    assert (done.code, done.out) == (2, "")
+    assert done.err.endswith(
+        f"create_esm_pert_features.py: error: {option[0]} needs --fasta FILE\n"
+    )
+
+
+def test_a_device_that_is_not_there(
+    tmp_path: Path, create: Create, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    done = create(*ALL[:-1], "cuda", *OUT, "--cache", "cache")
+    assert (done.code, done.out) == (1, "")
+    assert done.err == "error: --device cuda: torch sees none here; use --device auto or cpu\n"
+    assert not (tmp_path / "o.pt").exists()
+
+
+def test_a_dry_run_computes_nothing(
+    tmp_path: Path, create: Create, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(script, "embed_genes", lambda *_: pytest.fail("computes"))
+    before = sorted(tmp_path.iterdir())
+    done = create(*ALL, *OUT, "--cache", "cache", "--dry-run")
+    assert (done.code, done.out) == (0, "")
+    assert done.err.endswith("\ndry run: 3 genes to compute, nothing written\n")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_folder_of_this_machine_is_no_network_folder(tmp_path: Path) -> None:
+    assert script.network_file_system(tmp_path) is None
+    assert script.network_file_system(tmp_path / "not" / "yet") is None
+
+
+# --- cache ------------------------------------------------------------------------------------
+
+CACHE = ("--cache", "cache")
+FILE = Path("cache") / "esm2_vectors.sqlite"
+
+
+def test_the_second_run_computes_nothing(tmp_path: Path, create: Create, model: Any) -> None:
+    first = create(*ALL, *OUT, *CACHE)
+    assert cached(first.err) == (0, 3)
+    kept = (tmp_path / "o.pt").read_bytes()
+    second = create(*ALL, *OUT, *CACHE)
+    assert cached(second.err) == (3, 0)
+    assert (tmp_path / "o.pt").read_bytes() == kept
+    uncached = create(*ALL, *OUT, "--no-cache")
+    assert cached(uncached.err) == (0, 3)
+    assert (tmp_path / "o.pt").read_bytes() == kept
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("--precision", "bfloat16"),
+        ("--precision", "float16"),
+        ("--layer", "1"),
+        ("--long", "truncate"),
+        ("--esm-model", "other.pt"),
+    ],
+)
+def test_another_recipe_never_takes_vectors_of_this_one(
+    tmp_path: Path, create: Create, model: Any, change: tuple[str, str]
+) -> None:
+    save_model(tmp_path / "other.pt", seed=7)
+    expected = {}
+    for options in ((), change):
+        assert create(*ALL, *options, *OUT, "--no-cache").code == 0
+        expected[options] = (tmp_path / "o.pt").read_bytes()
+    assert (expected[()] == expected[change]) == (change[0] == "--long")
+    for options, found in ((change, 0), ((), 0), (change, 3), ((), 3)):
+        done = create(*ALL, *options, *OUT, *CACHE)
+        assert cached(done.err) == (found, 3 - found)
+        assert (tmp_path / "o.pt").read_bytes() == expected[options]
+
+
+def test_weights_changed_under_the_same_name_are_another_recipe(
+    tmp_path: Path, create: Create, model: Any
+) -> None:
+    assert create(*ALL, *OUT, *CACHE).code == 0
+    before = (tmp_path / "o.pt").read_bytes()
+    theirs = save_model(tmp_path / "m.pt", seed=3)
+    assert cached(create(*ALL, *OUT, *CACHE).err) == (0, 3)
+    assert (tmp_path / "o.pt").read_bytes() != before
+    assert close(features(tmp_path)["A"], reference(theirs, [SEQUENCES["A"]], 2)[0])
+
+
+@pytest.mark.parametrize("junk", [b"junk" * 3000, b"SQLite format 3\0" + b"\xa5" * 9000])
+def test_a_cache_of_junk_is_set_aside(
+    tmp_path: Path, create: Create, model: Any, junk: bytes
+) -> None:
+    assert create(*ALL, *OUT, *CACHE).code == 0
+    kept = (tmp_path / "o.pt").read_bytes()
+    gc.collect()  # closes the connection of that run
+    file = tmp_path / FILE
+    assert [p.name for p in file.parent.iterdir()] == [file.name]
+    file.write_bytes(junk)
+    done = create(*ALL, *OUT, *CACHE)
+    assert done.code == 0
+    warnings = [line for line in done.err.splitlines() if line.startswith("warning")]
+    assert warnings == [
+        f"warning: cache {FILE} is damaged (file is not a database): kept as {FILE}.damaged, begun "
+        "anew"
+    ]
+    assert cached(done.err) == (0, 3)
+    assert (tmp_path / "o.pt").read_bytes() == kept
+    assert file.with_name(file.name + ".damaged").read_bytes() == junk
+    assert cached(create(*ALL, *OUT, *CACHE).err) == (3, 0)
+
+
+def test_a_flipped_byte_in_a_vector_is_noticed(tmp_path: Path, create: Create, model: Any) -> None:
+    assert create(*ALL, *OUT, *CACHE).code == 0
+    kept = (tmp_path / "o.pt").read_bytes()
+    file = tmp_path / FILE
+    db = sqlite3.connect(file)
+    db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    (blob,) = db.execute("SELECT vector FROM vectors").fetchone()
+    db.close()
+    content = bytearray(file.read_bytes())
+    assert content.count(blob) == 1
+    content[content.index(blob) + len(blob) // 2] ^= 0x40
+    file.write_bytes(content)
+    done = create(*ALL, *OUT, *CACHE)
+    assert done.code == 0
+    assert done.err.count("warning") == 1
+    assert f"warning: cache {FILE}: a damaged vector is computed again\n" in done.err
+    assert cached(done.err) == (2, 1)
+    assert (tmp_path / "o.pt").read_bytes() == kept
+    again = create(*ALL, *OUT, *CACHE)
+    assert cached(again.err) == (3, 0) and "warning" not in again.err
+
+
+@pytest.mark.parametrize("folder", ["cache", "p.fasta/cache", "p.fasta"])
+def test_a_cache_that_cannot_be_used_costs_a_warning(
+    tmp_path: Path, create: Create, model: Any, folder: str
+) -> None:
+    assert create(*ALL, *OUT, "--no-cache").code == 0
+    kept = (tmp_path / "o.pt").read_bytes()
+    if folder == "cache":
+        (tmp_path / FILE).mkdir(parents=True)
+    done = create(*ALL, *OUT, "--cache", folder)
+    assert done.code == 0
+    warnings = [line for line in done.err.splitlines() if line.startswith("warning")]
+    assert len(warnings) == 1
+    assert re.fullmatch(
+        rf"warning: cache {folder}/{FILE.name} cannot be used \(.+\): going on without it",
+        warnings[0],
+    )
+    assert cached(done.err) == (0, 3)
+    assert (tmp_path / "o.pt").read_bytes() == kept
+
+
+def test_no_cache_writes_none(
+    tmp_path: Path, create: Create, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    before = set(tmp_path.iterdir())
+    assert create(*ALL, *OUT, "--no-cache").code == 0
+    assert {p.name for p in set(tmp_path.iterdir()) - before} == {"o.pt", "o.pt.json"}
+
+
+# --- stopped runs -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Big:
+    """Files of 200 proteins, an unbroken run's features and the seconds it took."""
+
+    arguments: tuple[str, ...]
+    whole: bytes
+    seconds: float
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory: pytest.TempPathFactory) -> Big:
+    folder = tmp_path_factory.mktemp("big")
+    rng = random.Random(5)
+    save_model(folder / "m.pt", layers=4, width=96)
+    proteins = {f"G{i}": random_protein(rng, rng.randint(30, 300)) for i in range(200)}
+    (folder / "p.fasta").write_text(fasta(proteins))
+    fixed = ("--all-genes", f"--fasta={folder / 'p.fasta'}", f"--esm-model={folder / 'm.pt'}")
+    arguments = (*fixed, "--device=cpu", "--output")
+    start = time.monotonic()
+    assert script.main([*arguments, str(folder / "o.pt"), "--no-cache"]) == 0
+    return Big(arguments, (folder / "o.pt").read_bytes(), time.monotonic() - start)
+
+
+def begin(folder: Path, big: Big, output: str = "o.pt") -> subprocess.Popen[str]:
+    command = [sys.executable, str(ROOT / "create_esm_pert_features.py"), *big.arguments, output]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*command, *CACHE], cwd=folder, **pipes)  # type: ignore[call-overload]
+
+
+def until_it_computes(process: subprocess.Popen[str]) -> tuple[int, int]:
+    """Read what a run says up to the line after which it computes; see `cached`."""
+    said = ""
+    while "in the cache" not in said:
+        line = process.stderr.readline()  # type: ignore[union-attr]
+        assert line, said
+        said += line
+    return cached(said)
+
+
+def rows(folder: Path) -> int:
+    with sqlite3.connect(folder / FILE) as db:
+        found = db.execute("SELECT count(*) FROM vectors").fetchone()[0]
+    db.close()
+    return int(found)
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_kill_9_loses_only_what_is_being_computed(
+    tmp_path: Path, create: Create, big: Big, kills: int
+) -> None:
+    moments = random.Random(kills)
+    kept = 0
+    for _ in range(kills):
+        process = begin(tmp_path, big)
+        assert until_it_computes(process) == (kept, 200 - kept)
+        time.sleep(moments.uniform(0, 1.2) * big.seconds / kills)
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        assert rows(tmp_path) >= kept
+        kept = rows(tmp_path)
+        assert not (tmp_path / "o.pt").exists()
+    assert 0 < kept < 200
+    done = create(*big.arguments, "o.pt", *CACHE)
+    assert (done.code, done.out) == (0, "o.pt\n")
+    assert cached(done.err) == (kept, 200 - kept)
+    assert (tmp_path / "o.pt").read_bytes() == big.whole
+    assert rows(tmp_path) == 200
+
+
+def test_sigterm_while_computing(tmp_path: Path, create: Create, big: Big) -> None:
+    process = begin(tmp_path, big)
+    assert until_it_computes(process) == (0, 200)
+    deadline = time.monotonic() + 60
+    while rows(tmp_path) < 5 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (143, "")
+    assert err.endswith("stopped by SIGTERM\n") and "Traceback" not in err
+    assert {p.name for p in tmp_path.iterdir()} == {"cache"}
+    kept = rows(tmp_path)
+    assert 5 <= kept < 200
+    done = create(*big.arguments, "o.pt", *CACHE)
+    assert done.code == 0
+    assert cached(done.err) == (kept, 200 - kept)
+    assert (tmp_path / "o.pt").read_bytes() == big.whole
+
+
+def test_two_runs_at_once_share_a_cache(tmp_path: Path, create: Create, big: Big) -> None:
+    other = begin(tmp_path, big, "other.pt")
+    until_it_computes(other)
+    done = create(*big.arguments, "o.pt", *CACHE)
+    running = other.poll() is None or cached(done.err)[1] > 0
+    out, err = other.communicate(timeout=120)
+    assert (done.code, done.out) == (0, "o.pt\n")
+    assert (other.returncode, out) == (0, "other.pt\n"), err
+    assert running, "the runs did not overlap"
+    assert "warning" not in err + done.err
+    assert (tmp_path / "o.pt").read_bytes() == big.whole
+    assert (tmp_path / "other.pt").read_bytes() == big.whole
+    assert rows(tmp_path) == 200
