@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import gzip
+import io
 import json
 import random
 import re
@@ -659,6 +660,15 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> Big:
     return Big(arguments, (folder / "o.pt").read_bytes(), time.monotonic() - start)
 
 
+def assert_close(path: Path, big: Big) -> None:
+    """The unbroken run's labels and values; the last bit may differ between processes."""
+    found = torch.load(path, weights_only=True)
+    whole = torch.load(io.BytesIO(big.whole), weights_only=True)
+    assert list(found) == list(whole)
+    for label, vector in whole.items():
+        assert torch.allclose(found[label], vector, rtol=0, atol=1e-6), label
+
+
 def begin(folder: Path, big: Big, output: str = "o.pt") -> subprocess.Popen[str]:
     command = [sys.executable, str(ROOT / "create_esm_pert_features.py"), *big.arguments, output]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -702,7 +712,7 @@ def test_kill_9_loses_only_what_is_being_computed(
     done = create(*big.arguments, "o.pt", *CACHE)
     assert (done.code, done.out) == (0, "o.pt\n")
     assert cached(done.err) == (kept, 200 - kept)
-    assert (tmp_path / "o.pt").read_bytes() == big.whole
+    assert_close(tmp_path / "o.pt", big)
     assert rows(tmp_path) == 200
 
 
@@ -722,7 +732,7 @@ def test_sigterm_while_computing(tmp_path: Path, create: Create, big: Big) -> No
     done = create(*big.arguments, "o.pt", *CACHE)
     assert done.code == 0
     assert cached(done.err) == (kept, 200 - kept)
-    assert (tmp_path / "o.pt").read_bytes() == big.whole
+    assert_close(tmp_path / "o.pt", big)
 
 
 def test_two_runs_at_once_share_a_cache(tmp_path: Path, create: Create, big: Big) -> None:
@@ -735,6 +745,6 @@ def test_two_runs_at_once_share_a_cache(tmp_path: Path, create: Create, big: Big
     assert (other.returncode, out) == (0, "other.pt\n"), err
     assert running, "the runs did not overlap"
     assert "warning" not in err + done.err
-    assert (tmp_path / "o.pt").read_bytes() == big.whole
-    assert (tmp_path / "other.pt").read_bytes() == big.whole
+    assert_close(tmp_path / "o.pt", big)
+    assert_close(tmp_path / "other.pt", big)
     assert rows(tmp_path) == 200
