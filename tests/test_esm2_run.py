@@ -701,7 +701,7 @@ def test_kill_9_loses_only_what_is_being_computed(
     for _ in range(kills):
         process = begin(tmp_path, big)
         assert until_it_computes(process) == (kept, 200 - kept)
-        time.sleep(moments.uniform(0, 1.2) * big.seconds / kills)
+        time.sleep(moments.uniform(0.05, 0.6) * big.seconds / kills)
         process.kill()
         process.communicate()
         assert process.returncode == -signal.SIGKILL
