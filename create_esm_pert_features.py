@@ -1729,7 +1729,9 @@ def embed_all(
     import torch
 
     stop = threading.Event()
-    cores = torch.get_num_threads()
+    cores, matmul = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    # State's training leaves "medium" for its process (a notebook): float32 may then be less
+    torch.set_float32_matmul_precision("highest")
     workers = min(cores, len(sequences)) if model.device.type == "cpu" else 1
     # one thread each, always: the last bit of a vector may differ with the number of threads
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
@@ -1742,6 +1744,7 @@ def embed_all(
         stop.set()
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(cores)
+        torch.set_float32_matmul_precision(matmul)
 
 
 def find_checkpoint(
