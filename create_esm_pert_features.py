@@ -61,6 +61,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -802,11 +803,10 @@ class Table:
 
     def record(self) -> dict[str, Any]:
         """What the manifest says of the table."""
-        sha256 = sha256_of(self.path)
         return {
             "kind": "table",
             "path": str(self.path),
-            "sha256": sha256,
+            "sha256": sha256_of(self.path),
             "genes": len(self.vectors),
         }
 
@@ -1081,8 +1081,8 @@ class Proteins:
             ]
         }
 
-    def add(self, header: str, raw: str) -> None:
-        """File a record under its gene, or count why not."""
+    def add(self, header: str, raw: str) -> str:
+        """File a record under its gene, or count why not; the sequence, in capitals."""
         identifier = (header.split() or ["(no name)"])[0]
         names = genes_in_header(header)
         sequence = re.sub(r"\s", "", raw).removesuffix("*")
@@ -1093,10 +1093,11 @@ class Proteins:
             self.symbols.setdefault(names[0])
             for name in names:
                 self.genes.setdefault(name, []).append(Protein(identifier, sequence))
-            return
+            return sequence
         self.left_out.setdefault(reason, []).append(identifier)
         for name in names:
             self.refused.setdefault(name, f"{identifier}: {reason}")
+        return sequence
 
     @property
     def path(self) -> str:
@@ -1169,8 +1170,7 @@ def load_proteins(args: argparse.Namespace) -> Proteins:
         letters: set[str] = set()
         before = records
         for header, sequence in read_fasta(path):
-            proteins.add(header, sequence)
-            letters.update(sequence.upper())
+            letters.update(proteins.add(header, sequence))
             records += 1
         if records == before:
             raise InputError(f"{path} holds no protein: no line starts with '>'. Is it FASTA?")
@@ -1197,7 +1197,7 @@ def load_proteins(args: argparse.Namespace) -> Proteins:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """ESM2 weights in fair-esm's format, memory-mapped.
+    """ESM2 weights in fair-esm's format.
 
     Attributes
     ----------
@@ -1209,8 +1209,6 @@ class Checkpoint:
         Shape of the encoder.
     token_dropout
         Whether embeddings are scaled as if 12 % of the tokens were masked, as in training.
-    weights
-        {name as in fair-esm's ESM2: tensor}.
     """
 
     model: str
@@ -1220,7 +1218,6 @@ class Checkpoint:
     width: int
     heads: int
     token_dropout: bool
-    weights: Mapping[str, torch.Tensor]
 
 
 def fair_esm() -> Any:
@@ -1292,6 +1289,19 @@ def _download_weights(url: str, path: Path) -> None:
         part.unlink(missing_ok=True)
 
 
+def read_checkpoint(path: Path) -> tuple[argparse.Namespace, dict[str, torch.Tensor]]:
+    """Configuration and {name as in fair-esm's ESM2: tensor}, memory-mapped.
+
+    What was read of the file leaves memory when all tensors of one call are gone.
+    """
+    content = read_torch(
+        path, "Give an ESM2 checkpoint as fair-esm publishes it", [argparse.Namespace]
+    )
+    config, weights = content["cfg"]["model"], content["model"]
+    prefix = r"^encoder\.(sentence_encoder\.)?"
+    return config, {re.sub(prefix, "", name): weights[name] for name in weights}
+
+
 def open_checkpoint(model: str, path: Path) -> Checkpoint:
     """Open a checkpoint without executing anything in it and without reading its weights.
 
@@ -1305,19 +1315,12 @@ def open_checkpoint(model: str, path: Path) -> Checkpoint:
     """
     import torch
 
-    content = read_torch(
-        path, "Give an ESM2 checkpoint as fair-esm publishes it", [argparse.Namespace]
-    )
     try:
-        config = content["cfg"]["model"]
-        weights = {
-            re.sub(r"^encoder\.(sentence_encoder\.)?", "", k): v
-            for k, v in content["model"].items()
-        }
+        config, weights = read_checkpoint(path)
         checkpoint = Checkpoint(
             *(model, path, sha256_of(path), int(config.encoder_layers)),
             *(int(config.encoder_embed_dim), int(config.encoder_attention_heads)),
-            *(bool(config.token_dropout), weights),
+            bool(config.token_dropout),
         )
         if checkpoint.layers < 1 or checkpoint.heads < 1 or checkpoint.width % checkpoint.heads:
             raise ValueError(
@@ -1413,8 +1416,10 @@ class Esm2:
         pairs = torch.arange(self.head_width).view(2, -1).T.flatten()
         rows = (torch.arange(c.heads)[:, None] * self.head_width + pairs).flatten()
 
+        _, weights = read_checkpoint(c.path)
+
         def weight(name: str) -> torch.Tensor:
-            return c.weights[name].float()
+            return weights[name].float().clone()  # a copy, lest it keeps the file in memory
 
         def norm(name: str) -> tuple[torch.Tensor, torch.Tensor]:
             return weight(f"{name}.weight").to(exact), weight(f"{name}.bias").to(exact)
@@ -1431,6 +1436,7 @@ class Esm2:
 
         self.blocks = []
         for i in range(c.layers):
+            _, weights = read_checkpoint(c.path)  # lets go of what the last layer read
             attention = f"layers.{i}.self_attn"
             self.blocks.append(
                 Block(
@@ -1815,7 +1821,9 @@ def embed_genes(
                 vectors[sequence] = vector
                 cache.put(recipe.key(sequence), vector)
                 progress.add(sequence)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:  # of CUDA, MPS and the CPU, in their words
+            if not re.search("out of memory|can't allocate memory", str(error)):
+                raise
             raise InputError(
                 f"out of memory on {device.type}, where {args.esm_model} in {precision} and one "
                 f"window of {WINDOW:,} residues must fit; what is finished is kept. Free memory "
@@ -2230,7 +2238,6 @@ MISSING_HELP = (
 )
 
 
-SEQUENCES = "sequences (with --fasta)"
 DEFAULT_MODEL = "esm2_t33_650M_UR50D"
 PRECISIONS = ("float32", "bfloat16", "float16")
 MODEL_HELP = (
@@ -2250,6 +2257,20 @@ def alias_pair(text: str) -> tuple[str, str]:
     if not (old and equals and new):
         raise argparse.ArgumentTypeError(f"expected OLD=NEW, got {text!r}")
     return old, new
+
+
+class OfFasta(argparse.Action):
+    """Store a value (True for an option without one), and that an option of --fasta was given."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        setattr(namespace, self.dest, True if self.nargs == 0 else values)
+        namespace.of_fasta = option_string
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -2274,8 +2295,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--esm-embeddings", **files, help=f"table {{symbol: vector}}: {TABLE_HELP}")
     add("--fasta", **files, help="proteins of genes that no table has, .gz too; repeatable")
 
-    group = parser.add_argument_group(SEQUENCES)
-    add = group.add_argument
+    parser.set_defaults(of_fasta=None)
+    group = parser.add_argument_group("sequences (with --fasta)")
+    add = partial(group.add_argument, action=OfFasta)
     add("--esm-model", metavar="NAME|FILE", default=DEFAULT_MODEL, help=MODEL_HELP)
     add("--isoforms", choices=("mean", "longest", "first"), default="mean", help=ISOFORMS_HELP)
     add("--long", choices=("window", "truncate"), default="window", help=LONG_HELP)
@@ -2283,7 +2305,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(default: auto)")
     add("--precision", choices=("auto", *PRECISIONS), default="auto", help=PRECISION_HELP)
     add("--cache", type=Path, metavar="DIR", help="of finished proteins (default: user's cache)")
-    add("--no-cache", action="store_true", help="compute every protein, keep none")
+    add("--no-cache", nargs=0, default=False, help="compute every protein, keep none")
 
     add = parser.add_argument_group("symbols").add_argument
     pairs: dict[str, Any] = {"type": alias_pair, "action": "append", "default": []}
@@ -2368,11 +2390,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("no labels: give --from-toml, --gene-list, --adata or --all-genes")
     if args.output is None:
         parser.error("--output FILE is required")
-    if not args.fasta:
-        sequences = next(g for g in parser._action_groups if g.title == SEQUENCES)
-        for action in sequences._group_actions:
-            if getattr(args, action.dest) != action.default:
-                parser.error(f"{action.option_strings[0]} needs --fasta FILE")
+    if args.of_fasta and not args.fasta:
+        parser.error(f"{args.of_fasta} needs --fasta FILE")
     start_log(args.quiet)
     return exit_code(lambda: run(args))
 

@@ -952,9 +952,8 @@ def make_plan(
     asked = settings | typed_settings(typed)
     stock = compose(overrides_of(settings, typed))
     require_numbers(stock["training"])
-    interval = None  # stock has a default here, and ignores it: only an explicit one counts
-    if "training.ckpt_every_n_steps" in asked:
-        interval = int(stock["training"]["ckpt_every_n_steps"])
+    every = "ckpt_every_n_steps"  # has a default that stock ignores: only an explicit one counts
+    interval = int(stock["training"][every]) if f"training.{every}" in asked else None
     data = features = None
     with found.collect():
         data = inspect_data(args.config, asked, stock["data"]["kwargs"], found)

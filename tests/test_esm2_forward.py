@@ -6,7 +6,6 @@ layer norms and biases too (fair-esm starts those at 1 and 0), so none can be le
 
 from __future__ import annotations
 
-import argparse
 import http.server
 import math
 import random
@@ -21,6 +20,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from random_esm2 import write_checkpoint
 
 import create_esm_pert_features as script
 from create_esm_pert_features import (
@@ -38,47 +38,6 @@ from create_esm_pert_features import (
 
 CPU = torch.device("cpu")
 NAME = "esm2_t6_8M_UR50D"
-
-
-def write_checkpoint(
-    path: Path,
-    layers: int,
-    width: int,
-    heads: int,
-    seed: int = 0,
-    *,
-    token_dropout: bool = True,
-    dtype: torch.dtype = torch.float32,
-    spoil: Callable[[dict[str, Any]], object] = lambda content: None,
-) -> esm.model.esm2.ESM2:
-    """Write random weights as fair-esm publishes them; fair-esm's model of the same weights.
-
-    `spoil` may change what is written.
-    """
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = esm.model.esm2.ESM2(layers, width, heads, token_dropout=token_dropout).eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.dim() == 1:
-                    parameter.add_(torch.randn_like(parameter) / 10)
-    if dtype != torch.float32:
-        model = model.to(dtype).float()
-    weights = {
-        ("encoder." if k.startswith("lm_head.") else "encoder.sentence_encoder.") + k: v.to(dtype)
-        for k, v in model.state_dict().items()
-        if not k.startswith("contact_head.")
-    }
-    config = argparse.Namespace(
-        encoder_layers=layers,
-        encoder_embed_dim=width,
-        encoder_attention_heads=heads,
-        token_dropout=token_dropout,
-    )
-    content = {"cfg": {"model": config}, "model": weights}
-    spoil(content)
-    torch.save(content, path)
-    return model
 
 
 def protein(length: int, seed: int = 0) -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import gc
 import gzip
 import json
+import os
 import random
 import re
 import signal
@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import esm
+import psutil
 import pytest
 import torch
-from conftest import ROOT, Result
+from conftest import ROOT, Result, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_esm2 import write_checkpoint
 
 import create_esm_pert_features as script
 
@@ -46,30 +48,6 @@ NAME_THE_GENE = (
     ". Headers must name the gene: GN=SYMBOL, gene_symbol:SYMBOL, [gene=SYMBOL] or the symbol "
     "alone\n"
 )
-
-
-def save_model(
-    path: Path, seed: int = 0, layers: int = 2, width: int = 16, dropout: bool = True
-) -> Any:
-    """Write random weights in the published layout; returns fair-esm's own model of them."""
-    torch.manual_seed(seed)
-    model = esm.model.esm2.ESM2(layers, width, 4, token_dropout=dropout).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():  # norms and biases are not 1 and 0 in real weights
-            parameter += 0.1 * torch.randn_like(parameter)
-    weights = {
-        ("encoder." if k.startswith("lm_head.") else "encoder.sentence_encoder.") + k: v
-        for k, v in model.state_dict().items()
-        if not k.startswith("contact_head.")
-    }
-    config = argparse.Namespace(
-        encoder_layers=layers,
-        encoder_embed_dim=width,
-        encoder_attention_heads=4,
-        token_dropout=dropout,
-    )
-    torch.save({"cfg": {"model": config}, "model": weights}, path)
-    return model
 
 
 def reference(model: Any, sequences: list[str], layer: int) -> list[torch.Tensor]:
@@ -112,7 +90,7 @@ def close(a: torch.Tensor, b: torch.Tensor, within: float = 1e-5) -> bool:
 def model(tmp_path: Path) -> Any:
     """m.pt and p.fasta in tmp_path; fair-esm's model with the weights of m.pt."""
     (tmp_path / "p.fasta").write_text(fasta(SEQUENCES))
-    return save_model(tmp_path / "m.pt")
+    return write_checkpoint(tmp_path / "m.pt")
 
 
 @pytest.fixture
@@ -351,7 +329,7 @@ def test_isoforms_have_the_values_of_fair_esm(
 def test_layers_have_the_values_of_fair_esm(
     tmp_path: Path, create: Create, model: Any, layer: int, dropout: bool
 ) -> None:
-    theirs = save_model(tmp_path / "m.pt", seed=1, dropout=dropout)
+    theirs = write_checkpoint(tmp_path / "m.pt", seed=1, token_dropout=dropout)
     assert create(*ALL, *OUT, "--layer", layer, "--no-cache").code == 0
     found = features(tmp_path)
     expected = reference(theirs, list(SEQUENCES.values()), layer)
@@ -469,6 +447,7 @@ def test_widths_that_differ(
         ("--precision", "float32"),
         ("--cache", "cache"),
         ("--no-cache",),
+        ("--isoforms", "mean"),  # the default, but asked for
     ],
 )
 def test_options_of_sequences_need_sequences(create: Create, option: tuple[str, ...]) -> None:
@@ -489,6 +468,55 @@ def test_a_device_that_is_not_there(
     assert not (tmp_path / "o.pt").exists()
 
 
+HIDDEN = (
+    "error: the installed package 'esm' is EvolutionaryScale's and hides fair-esm, which has the "
+    "same name: pip uninstall -y esm, then pip install --force-reinstall --no-deps fair-esm\n"
+)
+
+
+def test_another_package_called_esm(tmp_path: Path, model: Any) -> None:
+    (tmp_path / "other" / "esm").mkdir(parents=True)
+    (tmp_path / "other" / "esm" / "__init__.py").write_text("__version__ = '3.2.1'\n")
+    hiding = os.environ | {"PYTHONPATH": str(tmp_path / "other")}
+    done = run_script(
+        "create_esm_pert_features", *ALL, *OUT, "--no-cache", cwd=tmp_path, env=hiding
+    )
+    assert (done.code, done.out, done.err) == (1, "", HIDDEN)
+    assert not (tmp_path / "o.pt").exists()
+
+
+IN_LITTLE_MEMORY = """
+import re, resource, sys
+import create_esm_pert_features as script
+assert script.main(["--all-genes", "--fasta", "p.fasta", *sys.argv[1:3]]) == 0
+used = int(re.search(r"VmSize:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
+resource.setrlimit(resource.RLIMIT_AS, (used + 200_000_000,) * 2)
+sys.exit(script.main(["--all-genes", "--fasta", "p.fasta", *sys.argv[3:]]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc and limits memory")
+def test_out_of_memory(tmp_path: Path, model: Any) -> None:
+    """A model of 79 MB where 200 MB are left, its file mapped twice included."""
+    write_checkpoint(tmp_path / "big.pt", layers=1, width=1280)
+    arguments = ("--esm-model=big.pt", "--device=cpu", "--no-cache", "--output=big_o.pt")
+    done = subprocess.run(
+        [sys.executable, "-c", IN_LITTLE_MEMORY, "--esm-model=m.pt", "--output=o.pt", *arguments],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.endswith(
+        "error: out of memory on cpu, where big.pt in float32 and one window of 1,022 residues "
+        "must fit; what is finished is kept. Free memory there, or choose --precision bfloat16, "
+        "--device cpu or a smaller --esm-model\n"
+    )
+    assert not (tmp_path / "big_o.pt").exists()
+
+
 def test_a_dry_run_computes_nothing(
     tmp_path: Path, create: Create, model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -503,6 +531,49 @@ def test_a_dry_run_computes_nothing(
 def test_a_folder_of_this_machine_is_no_network_folder(tmp_path: Path) -> None:
     assert script.network_file_system(tmp_path) is None
     assert script.network_file_system(tmp_path / "not" / "yet") is None
+
+
+@dataclass(frozen=True)
+class Mount:
+    mountpoint: str
+    fstype: str
+
+
+@pytest.fixture
+def drive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """tmp_path/drive, a Drive folder for the table of mounts (a real one cannot be had here)."""
+    mounts = [Mount("/", "ext4"), Mount(str(tmp_path / "drive"), "fuse.drive")]
+    monkeypatch.setattr(psutil, "disk_partitions", lambda all: mounts)
+    return tmp_path / "drive"
+
+
+def test_a_cache_on_a_drive_folder_is_warned_of(
+    tmp_path: Path, create: Create, model: Any, drive: Path
+) -> None:
+    done = create(*ALL, *OUT, "--cache", drive / "c")
+    assert (done.code, done.out) == (0, "o.pt\n")
+    assert done.err.count("warning") == 1
+    assert (
+        f"warning: --cache {drive / 'c'} is on a network file system (fuse.drive), where SQLite is "
+        "not safe when two runs use it at once; choose a folder on a local disk\n"
+    ) in done.err
+    assert sorted(p.name for p in (drive / "c").iterdir()) == [FILE.name]
+    assert cached(create(*ALL, *OUT, "--cache", drive / "c").err) == (3, 0)
+
+
+def test_the_default_cache_leaves_a_drive_folder(
+    tmp_path: Path, create: Create, model: Any, drive: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(drive))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "local"))
+    done = create(*ALL, *OUT)
+    local = tmp_path / "local" / f"state-esm-features-{os.getuid()}"
+    assert (done.code, done.out) == (0, "o.pt\n")
+    assert (
+        f"warning: {drive / 'state-esm-features'} is on a network file system (fuse.drive): the "
+        f"cache is {local} instead\n"
+    ) in done.err
+    assert (local / FILE.name).is_file() and not drive.exists()
 
 
 # --- cache ------------------------------------------------------------------------------------
@@ -536,7 +607,7 @@ def test_the_second_run_computes_nothing(tmp_path: Path, create: Create, model: 
 def test_another_recipe_never_takes_vectors_of_this_one(
     tmp_path: Path, create: Create, model: Any, change: tuple[str, str]
 ) -> None:
-    save_model(tmp_path / "other.pt", seed=7)
+    write_checkpoint(tmp_path / "other.pt", seed=7)
     expected = {}
     for options in ((), change):
         assert create(*ALL, *options, *OUT, "--no-cache").code == 0
@@ -553,7 +624,7 @@ def test_weights_changed_under_the_same_name_are_another_recipe(
 ) -> None:
     assert create(*ALL, *OUT, *CACHE).code == 0
     before = (tmp_path / "o.pt").read_bytes()
-    theirs = save_model(tmp_path / "m.pt", seed=3)
+    theirs = write_checkpoint(tmp_path / "m.pt", seed=3)
     assert cached(create(*ALL, *OUT, *CACHE).err) == (0, 3)
     assert (tmp_path / "o.pt").read_bytes() != before
     assert close(features(tmp_path)["A"], reference(theirs, [SEQUENCES["A"]], 2)[0])
@@ -649,7 +720,7 @@ class Big:
 def big(tmp_path_factory: pytest.TempPathFactory) -> Big:
     folder = tmp_path_factory.mktemp("big")
     rng = random.Random(5)
-    save_model(folder / "m.pt", layers=4, width=96)
+    write_checkpoint(folder / "m.pt", layers=4, width=96)
     proteins = {f"G{i}": random_protein(rng, rng.randint(30, 300)) for i in range(200)}
     (folder / "p.fasta").write_text(fasta(proteins))
     fixed = ("--all-genes", f"--fasta={folder / 'p.fasta'}", f"--esm-model={folder / 'm.pt'}")

@@ -1,0 +1,53 @@
+"""ESM2 checkpoints with random weights in the layout of the published files."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import esm
+import torch
+
+
+def write_checkpoint(
+    path: Path,
+    layers: int = 2,
+    width: int = 16,
+    heads: int = 4,
+    seed: int = 0,
+    *,
+    token_dropout: bool = True,
+    dtype: torch.dtype = torch.float32,
+    spoil: Callable[[dict[str, Any]], object] = lambda content: None,
+) -> esm.model.esm2.ESM2:
+    """Write random weights as fair-esm publishes them; fair-esm's model of the same weights.
+
+    Layer norms and biases are random too, as in real weights (fair-esm starts them at 1 and 0).
+    `spoil` may change what is written.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = esm.model.esm2.ESM2(layers, width, heads, token_dropout=token_dropout).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 1:
+                    parameter.add_(torch.randn_like(parameter) / 10)
+    if dtype != torch.float32:
+        model = model.to(dtype).float()
+    weights = {
+        ("encoder." if k.startswith("lm_head.") else "encoder.sentence_encoder.") + k: v.to(dtype)
+        for k, v in model.state_dict().items()
+        if not k.startswith("contact_head.")
+    }
+    config = argparse.Namespace(
+        encoder_layers=layers,
+        encoder_embed_dim=width,
+        encoder_attention_heads=heads,
+        token_dropout=token_dropout,
+    )
+    content = {"cfg": {"model": config}, "model": weights}
+    spoil(content)
+    torch.save(content, path)
+    return model
