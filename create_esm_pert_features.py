@@ -44,6 +44,7 @@ import errno
 import glob
 import gzip
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -109,6 +110,8 @@ WINDOW = 1022
 STRIDE = 511
 """Residues of a window, and from one to the next. ESM2 was trained on at most 1,024 tokens: 1,022
 residues, beginning and end (Lin et al. 2023, doi:10.1126/science.ade2574)."""
+
+NUCLEOTIDES = frozenset("ACGTUN")
 
 RESIDUES = frozenset("ACDEFGHIKLMNPQRSTVWYXBUZO")
 """Letters that ESM2's alphabet has a token for: the 20 amino acids, any (X), B, Z, U and O."""
@@ -221,6 +224,16 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def cannot_write(path: Path, cause: OSError) -> InputError:
+    """The error of a file that could not be written."""
+    full = cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return InputError(
+        f"cannot write {path}: {cause.strerror}; nothing was changed. "
+        + ("Free some space there, or choose" if full else "Choose")
+        + " another place for it"
+    )
+
+
 @contextlib.contextmanager
 def staged(path: Path, write: Callable[[Any], Any]) -> Iterator[Path]:
     """Write a temporary file in the folder of `path`; it takes that name when the block ends.
@@ -267,12 +280,7 @@ def staged(path: Path, write: Callable[[Any], Any]) -> Iterator[Path]:
             cause = cause.__context__
         if not isinstance(cause, OSError):
             raise cause  # noqa: B904
-        full = cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        raise InputError(
-            f"cannot write {path}: {cause.strerror}; nothing was changed. "
-            + ("Free some space there, or choose" if full else "Choose")
-            + " another place for it"
-        ) from error
+        raise cannot_write(path, cause) from cause
 
 
 def write_whole(path: Path, write: Callable[[Any], Any]) -> None:
@@ -318,10 +326,18 @@ def existing_file(path: str | Path, what: str) -> Path:
     path = Path(path)
     if path.is_dir():
         raise InputError(f"{what} {path} is a folder; give the file itself")
+    if path.exists() and not path.is_file():
+        raise InputError(f"{what} {path} is a pipe or device; write it to a file first")
     if not path.is_file():
         where = "" if path.is_absolute() else f" (looked in {Path.cwd()})"
         raise InputError(f"no such {what}: {path}{where}")
     return path
+
+
+def begins_with(path: Path, start: bytes) -> bool:
+    """Whether a file has these first bytes."""
+    with path.open("rb") as f:
+        return f.read(len(start)) == start
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1112,7 +1128,7 @@ class Proteins:
             **(asdict(self.recipe) if self.recipe else {}),
             "isoforms": self.isoforms,
             "fasta": self.files,
-            "left_out": {reason: len(ids) for reason, ids in self.left_out.items()},
+            "left_out": self.left_out,
         }
 
     def __str__(self) -> str:
@@ -1137,6 +1153,8 @@ def unusable(sequence: str) -> str | None:
         return "empty sequence"
     if "*" in sequence:
         return "a stop (*) inside the sequence"
+    if len(sequence) >= 30 and NUCLEOTIDES.issuperset(sequence):
+        return "nucleotides"
     return None if RESIDUES.issuperset(sequence) else "characters that are no amino acids"
 
 
@@ -1146,10 +1164,15 @@ def read_fasta(path: Path) -> Iterator[tuple[str, str]]:
 
     existing_file(path, "FASTA file")
     try:
-        with path.open("rb") as f:
-            opened = gzip.open if f.read(2) == b"\x1f\x8b" else open
+        opened = gzip.open if begins_with(path, b"\x1f\x8b") else open
         with opened(path, "rt", encoding="utf-8-sig", errors="replace") as f:
-            yield from SimpleFastaParser(f)
+            lines = itertools.dropwhile(lambda line: not line.strip(), f)
+            first = next(lines, None)
+            if first is None:
+                return
+            if not first.startswith(">"):  # the parser would skip what comes before
+                raise InputError(f"{path} does not begin with '>'. Is it FASTA, plain or gzip?")
+            yield from SimpleFastaParser(itertools.chain([first], lines))
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(
             f"FASTA file {path} cannot be read: damaged or cut short ({_line(error)})"
@@ -1174,11 +1197,11 @@ def load_proteins(args: argparse.Namespace) -> Proteins:
             records += 1
         if records == before:
             raise InputError(f"{path} holds no protein: no line starts with '>'. Is it FASTA?")
-        if letters and letters <= set("ACGTUN"):
+        if letters and letters <= NUCLEOTIDES:
             raise InputError(f"{path} holds nucleotides; give the file of the proteins (pep)")
         proteins.files.append({"path": str(path), "sha256": sha256_of(path)})
     if proteins.left_out:
-        reasons = (f"{len(i):,} {why} ({some(i, 3)})" for why, i in proteins.left_out.items())
+        reasons = (f"{why}: {len(i):,} ({some(i, 3)})" for why, i in proteins.left_out.items())
         total = sum(map(len, proteins.left_out.values()))
         message = f"{total:,} of {count(records, 'protein')} left out: {'; '.join(reasons)}"
         if not proteins.genes:
@@ -2188,7 +2211,8 @@ def check_missing(
     if args.missing != "error":
         filling = "the mean vector" if args.missing == "mean" else "zeros, as if they were control"
         warn(
-            f"{len(missing):,} of {count(total, 'label')} missing ({names}): filled with {filling}"
+            f"{len(missing):,} of {count(total, 'label')} missing, or a part of them ({names}): "
+            f"filled with {filling}"
         )
         return
     typos = [r.label for r in missing if r.label in labels.fewshot_only]
@@ -2230,7 +2254,8 @@ PERT_COLUMNS_HELP = ", ".join(PERT_COLUMNS)
 GENE_LIST_HELP = "a target_gene, gene, perturbation or symbol column; repeatable"
 TABLE_HELP = (
     ".pt dict, or .npz with arrays genes (n,) and embeddings (n, width); repeatable, first hit "
-    f"wins (default: {ARC_FILE} of {ARC_REPOSITORY}, {ARC_BYTES / 1e6:.0f} MB, downloaded once)"
+    f"wins (default without --fasta: {ARC_FILE} of {ARC_REPOSITORY}, {ARC_BYTES / 1e6:.0f} MB, "
+    "downloaded once)"
 )
 MISSING_HELP = (
     "labels without embedding: refuse them, or fill in the mean of the genes found, or zeros, "
@@ -2246,7 +2271,8 @@ MODEL_HELP = (
 )
 ISOFORMS_HELP = "of a gene with several proteins: mean of all, or one (default: mean)"
 LONG_HELP = (
-    f"over {WINDOW:,} residues: mean over windows every {STRIDE}, or cut there (default: window)"
+    f"over {WINDOW:,} residues: in windows every {STRIDE}, each residue the mean over those that "
+    "hold it, or cut there (default: window)"
 )
 PRECISION_HELP = "(default: bfloat16 on a GPU that has it, else float32)"
 
@@ -2293,7 +2319,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("sources").add_argument
     add("--esm-embeddings", **files, help=f"table {{symbol: vector}}: {TABLE_HELP}")
-    add("--fasta", **files, help="proteins of genes that no table has, .gz too; repeatable")
+    add("--fasta", **files, help="proteins, .gz too, of genes that no table given has; repeatable")
 
     parser.set_defaults(of_fasta=None)
     group = parser.add_argument_group("sequences (with --fasta)")
@@ -2329,10 +2355,38 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def check_outputs(args: argparse.Namespace) -> None:
+    """Refuse outputs that cannot be written, or would take the place of what is no such output.
+
+    An older features file needs no check: `set_aside` keeps it.
+    """
+    inputs = (args.from_toml, args.aliases, *args.gene_list, *args.adata, *args.fasta)
+    taken = {path.resolve(): "an input" for path in inputs if path}
+    for option, path, start in (
+        ("--output", args.output, b""),
+        ("--report", args.report, b"label\t"),
+    ):
+        if path is None:
+            continue
+        if path.is_dir():
+            raise InputError(f"{option} {path} is a folder; give the name of a file in it")
+        place = path.resolve()
+        if place in taken:
+            raise InputError(f"{option} {path} is {taken[place]}; give another name")
+        if path.is_file() and path.stat().st_size and not begins_with(path, start):
+            raise InputError(f"{option} {path} is there and of another kind; give another name")
+        taken |= {place: f"also the {option}", manifest_path(place): f"the manifest of {option}"}
+        folder = next(p for p in place.parents if p.exists())
+        try:
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise cannot_write(path, error) from error
+
+
 def run(args: argparse.Namespace) -> int:
     """From labels to the features file, in the order of the data."""
-    if args.output.is_dir():
-        raise InputError(f"--output {args.output} is a folder; give the name of a file in it")
+    check_outputs(args)
     labels = collect_labels(args)
     tables = open_tables(args)
     sources: list[Source] = [*tables, *([load_proteins(args)] if args.fasta else [])]
@@ -2390,6 +2444,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("no labels: give --from-toml, --gene-list, --adata or --all-genes")
     if args.output is None:
         parser.error("--output FILE is required")
+    if args.cache and args.no_cache:
+        parser.error("--cache and --no-cache exclude each other")
     if args.of_fasta and not args.fasta:
         parser.error(f"{args.of_fasta} needs --fasta FILE")
     start_log(args.quiet)

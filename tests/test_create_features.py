@@ -296,7 +296,9 @@ def test_missing_labels_are_filled_as_told_and_that_is_said(
     # C is in the table but not in use: it does not count for the mean
     done = create(*labels("A", "B", "NO", "B+NONE"), "--missing", policy)
     assert done == Result(
-        0, "o.pt\n", f"warning: 2 of 4 labels missing (NO, B+NONE): filled with {words}\n"
+        0,
+        "o.pt\n",
+        f"warning: 2 of 4 labels missing, or a part of them (NO, B+NONE): filled with {words}\n",
     )
     both = [b + f for b, f in zip(B, filler, strict=True)]
     expected = {"A": A, "B": B, "NO": filler, "B+NONE": both, CONTROL: ZERO}
@@ -326,7 +328,7 @@ def test_a_table_of_other_names_is_an_error_whatever_missing_says(
     else:
         words = {"mean": "the mean vector", "zero": "zeros, as if they were control"}[policy]
         message = (
-            f"warning: 2 of 2 labels missing (Trp53, Myc): filled with {words}\n"
+            f"warning: 2 of 2 labels missing, or a part of them (Trp53, Myc): filled with {words}\n"
             "error: none of the 2 labels is in a source: other species or naming? labels: Trp53, "
             f"Myc, {CONTROL}; table.pt: A, B, C\n"
         )
@@ -843,6 +845,7 @@ def test_an_output_folder_that_cannot_be_written_is_an_error(
     reason: str,
 ) -> None:
     arguments = labels("A")
+    (tmp_path / "table.pt").write_bytes(b"not read before the folder is tried")
     (tmp_path / "blocker").write_text("a file")
     before = files(tmp_path)
     assert create(*arguments, "--output", output) == Result(
@@ -900,3 +903,25 @@ def test_of_a_large_table_only_the_vectors_in_use_come_into_memory(
 
     assert peak(big_table, "big.pt") < peak(tmp_path / "5.pt", "small.pt") + 60_000
     assert (tmp_path / "big.pt").read_bytes() == (tmp_path / "small.pt").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--report", "genes.txt"), "--report genes.txt is an input"),
+        (("--output", "genes.txt"), "--output genes.txt is an input"),
+        (("--report", "./o.pt"), "--report o.pt is also the --output"),
+        (("--report", "o.pt.json"), "--report o.pt.json is the manifest of --output"),
+        (("--report", "table.pt"), "--report table.pt is there and of another kind"),
+    ],
+)
+def test_outputs_take_the_place_of_no_input(
+    tmp_path: Path, create: Callable[..., Result], options: tuple[str, str], message: str
+) -> None:
+    torch.save({"A": torch.ones(3)}, tmp_path / "table.pt")
+    (tmp_path / "genes.txt").write_text("A\n")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    sources = ("--gene-list", "genes.txt", "--esm-embeddings", "table.pt", "--output", "o.pt")
+    done = create(*sources, "--dry-run", *options)
+    assert (done.code, done.out, done.err) == (1, "", f"error: {message}; give another name\n")
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before

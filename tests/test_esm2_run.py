@@ -172,19 +172,22 @@ def test_left_out_proteins_are_counted_with_their_reasons(
     tmp_path: Path, create: Create, model: Any
 ) -> None:
     bad = {"nameless one": "MK", "S": "MK*LV", "D": "MK1LV", "J": "MJ", "E": "", "N two": "MK"}
+    bad["DNA"] = "ACGT" * 8
     (tmp_path / "p.fasta").write_text(fasta({"GOOD": "MKLV*", **bad}))
     done = create(*ALL, *OUT, "--no-cache")
     assert done.code == 0
     assert done.err.splitlines()[0] == (
-        "warning: 6 of 7 proteins left out: 2 no gene in the header (nameless, N); 1 a stop (*) "
-        "inside the sequence (S); 2 characters that are no amino acids (D, J); 1 empty sequence (E)"
+        "warning: 7 of 8 proteins left out: no gene in the header: 2 (nameless, N); a stop (*) "
+        "inside the sequence: 1 (S); characters that are no amino acids: 2 (D, J); empty sequence: "
+        "1 (E); nucleotides: 1 (DNA)"
     )
     assert list(features(tmp_path)) == ["GOOD", "non-targeting"]
     assert manifest(tmp_path)["sources"][0]["left_out"] == {
-        "no gene in the header": 2,
-        "a stop (*) inside the sequence": 1,
-        "characters that are no amino acids": 2,
-        "empty sequence": 1,
+        "no gene in the header": ["nameless", "N"],
+        "a stop (*) inside the sequence": ["S"],
+        "characters that are no amino acids": ["D", "J"],
+        "empty sequence": ["E"],
+        "nucleotides": ["DNA"],
     }
 
 
@@ -196,7 +199,7 @@ def test_a_missing_label_says_why_its_record_was_left_out(
     done = create("--gene-list", "genes.txt", *ALL[1:], *OUT, "--no-cache")
     assert (done.code, done.out) == (1, "")
     assert done.err == (
-        "warning: 1 of 2 proteins left out: 1 a stop (*) inside the sequence (id1)\n"
+        "warning: 1 of 2 proteins left out: a stop (*) inside the sequence: 1 (id1)\n"
         "error: 1 of 2 labels have no embedding (BAD): 'BAD' is in no FASTA file (id1: a stop (*) "
         f"inside the sequence). {ADVICE}"
     )
@@ -208,16 +211,23 @@ def test_a_missing_label_says_why_its_record_was_left_out(
     [
         (
             b">a b\nMK\n>\nML\n",
-            "2 of 2 proteins left out: 2 no gene in the header (a, (no name))" + NAME_THE_GENE,
+            "2 of 2 proteins left out: no gene in the header: 2 (a, (no name))" + NAME_THE_GENE,
         ),
         (
             b">A\nacgt\n>B\nNNU\n",
             "p.fasta holds nucleotides; give the file of the proteins (pep)\n",
         ),
-        (b"MKLV\n", "p.fasta holds no protein: no line starts with '>'. Is it FASTA?\n"),
+        (b"MKLV\n", "p.fasta does not begin with '>'. Is it FASTA, plain or gzip?\n"),
         (b"", "p.fasta holds no protein: no line starts with '>'. Is it FASTA?\n"),
+        (b"\n text\n>A\nMK\n", "p.fasta does not begin with '>'. Is it FASTA, plain or gzip?\n"),
         (
-            gzip.compress(random.Random(0).randbytes(3000), mtime=0)[:2000],
+            gzip.compress(b"a.fasta\0\0" + b">A\nMK\n", mtime=0),  # as of tar
+            "p.fasta does not begin with '>'. Is it FASTA, plain or gzip?\n",
+        ),
+        (
+            gzip.compress(b">A\n" + random.Random(0).randbytes(3000).hex().encode(), mtime=0)[
+                :2000
+            ],
             "FASTA file p.fasta cannot be read: damaged or cut short (Compressed file ended before "
             "the end-of-stream marker was reached)\n",
         ),
@@ -230,6 +240,14 @@ def test_files_that_hold_no_usable_protein(
     done = create(*ALL, *OUT, "--no-cache")
     assert (done.code, done.out, done.err) == (1, "", f"error: {message}")
     assert not (tmp_path / "o.pt").exists()
+
+
+def test_a_pipe_is_no_file(tmp_path: Path, create: Create, model: Any) -> None:
+    (tmp_path / "p.fasta").unlink()
+    os.mkfifo(tmp_path / "p.fasta")
+    done = create(*ALL, *OUT, "--no-cache")
+    assert (done.code, done.out) == (1, "")
+    assert done.err == "error: FASTA file p.fasta is a pipe or device; write it to a file first\n"
 
 
 def test_a_damaged_gzip_is_said_to_be_damaged(tmp_path: Path, create: Create, model: Any) -> None:
