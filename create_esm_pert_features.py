@@ -2146,6 +2146,7 @@ class Resolver:
         args: argparse.Namespace,
     ) -> None:
         self.sources, self.aliases, self.control, self.args = sources, aliases, control, args
+        self.aliases_used: set[str] = set()
 
     @cached_property
     def names(self) -> list[Names]:
@@ -2221,13 +2222,16 @@ class Resolver:
 
     def read(self, name: str) -> tuple[str, str]:
         """The name to look up in its place, and by whose word; the latter empty if it is itself."""
-        if name in self.aliases:
-            return self.aliases[name], "alias of"
-        pattern = self.args.label_regex
-        match = pattern.fullmatch(name) if pattern and not self.exact(name) else None
-        if not match or not match["gene"]:
-            return name, ""
-        return self.aliases.get(match["gene"], match["gene"]), "read by --label-regex from"
+        known = name in self.aliases or self.exact(name)
+        match = (
+            None if known or not self.args.label_regex else self.args.label_regex.fullmatch(name)
+        )
+        wanted = (match and match["gene"]) or name
+        said = "read by --label-regex from" if wanted != name else ""
+        if wanted in self.aliases:
+            self.aliases_used.add(wanted)
+            return self.aliases[wanted], said or "alias of"
+        return wanted, said
 
     def exact(self, name: str) -> Gene | None:
         """The key itself."""
@@ -2292,6 +2296,20 @@ class Resolver:
         why = next((f" ({why})" for s in self.sources if (why := s.why_not(name))), "")
         reason = f"{name!r} is in no {' or '.join(kinds)}{why}{more}"
         return Gene(name, "missing", reason=reason, kind="not found")
+
+
+def resolve(names: Iterable[str], resolver: Resolver) -> list[Resolution]:
+    """Resolve every label, and say what was decided that a person may want to see."""
+    resolutions = [resolver.label(name) for name in names]
+    parts = [p for r in resolutions for p in r.parts]
+    for name, key in resolver.args.alias:
+        if name not in resolver.aliases_used and name != resolver.control:
+            warn(f"--alias {name}={key}: no label {name!r}{did_you_mean(name, names)}")
+    if numbers := {p.name: f"{p.name}={p.gene}" for p in parts if p.name.isdecimal() and p.via}:
+        warn(f"{count(len(numbers), 'number')} taken as NCBI gene id: {some(numbers.values())}")
+    if preferred := {f"{p.name} is {p.via}": None for p in parts if PREFERRED in (p.via or "")}:
+        warn(f"--prefer-previous: {'; '.join(preferred)}")
+    return resolutions
 
 
 def genes_by_source(
@@ -2947,6 +2965,21 @@ class OfFasta(argparse.Action):
         namespace.of_fasta = option_string
 
 
+def add_sequence_options(parser: argparse.ArgumentParser) -> None:
+    """The options that need --fasta."""
+    parser.set_defaults(of_fasta=None)
+    group = parser.add_argument_group("sequences (with --fasta)")
+    add = partial(group.add_argument, action=OfFasta)
+    add("--esm-model", metavar="NAME|FILE", default=DEFAULT_MODEL, help=MODEL_HELP)
+    add("--isoforms", choices=("mean", "longest", "first"), default="mean", help=ISOFORMS_HELP)
+    add("--long", choices=("window", "truncate"), default="window", help=LONG_HELP)
+    add("--layer", type=int, metavar="N", help="layer to average over (default: the last)")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(default: auto)")
+    add("--precision", choices=("auto", *PRECISIONS), default="auto", help=PRECISION_HELP)
+    add("--cache", type=Path, metavar="DIR", help="of finished proteins (default: user's cache)")
+    add("--no-cache", nargs=0, default=False, help="compute every protein, keep none")
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="create_esm_pert_features.py",
@@ -2969,17 +3002,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--esm-embeddings", **files, help=f"table {{symbol: vector}}: {TABLE_HELP}")
     add("--fasta", **files, help="proteins, .gz too, of genes that no table given has; repeatable")
 
-    parser.set_defaults(of_fasta=None)
-    group = parser.add_argument_group("sequences (with --fasta)")
-    add = partial(group.add_argument, action=OfFasta)
-    add("--esm-model", metavar="NAME|FILE", default=DEFAULT_MODEL, help=MODEL_HELP)
-    add("--isoforms", choices=("mean", "longest", "first"), default="mean", help=ISOFORMS_HELP)
-    add("--long", choices=("window", "truncate"), default="window", help=LONG_HELP)
-    add("--layer", type=int, metavar="N", help="layer to average over (default: the last)")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(default: auto)")
-    add("--precision", choices=("auto", *PRECISIONS), default="auto", help=PRECISION_HELP)
-    add("--cache", type=Path, metavar="DIR", help="of finished proteins (default: user's cache)")
-    add("--no-cache", nargs=0, default=False, help="compute every protein, keep none")
+    add_sequence_options(parser)
 
     add = parser.add_argument_group("symbols").add_argument
     pairs: dict[str, Any] = {"type": alias_pair, "action": "append", "default": []}
@@ -3053,14 +3076,7 @@ def run(args: argparse.Namespace) -> int:
     names = dict.fromkeys([*labels.names, labels.control])
     aliases = read_aliases(args.alias, args.aliases)
     resolver = Resolver(sources, aliases, labels.control, args)
-    resolutions = [resolver.label(name) for name in names]
-    for name in sorted(set(dict(args.alias)) - {p.name for r in resolutions for p in r.parts}):
-        warn(f"--alias {name}={aliases[name]}: no label {name!r}{did_you_mean(name, names)}")
-    parts = [p for r in resolutions for p in r.parts]
-    if numbers := {p.name: f"{p.name}={p.gene}" for p in parts if p.name.isdecimal() and p.via}:
-        warn(f"{count(len(numbers), 'number')} taken as NCBI gene id: {some(numbers.values())}")
-    if preferred := {f"{p.name} is {p.via}": None for p in parts if PREFERRED in (p.via or "")}:
-        warn(f"--prefer-previous: {'; '.join(preferred)}")
+    resolutions = resolve(names, resolver)
     if args.report:
         write_report(args.report, resolutions, sources, args)
     check_missing(resolutions, labels, resolver, args)

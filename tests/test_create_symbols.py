@@ -79,6 +79,9 @@ def features(folder: Path) -> dict[str, list[float]]:
         (TODAY, "C10orf11", "alias", "LRMDA", "previous symbol of LRMDA"),
         (TODAY, "KIAA1804", "alias", "MAP3K21", "alias symbol of MAP3K21"),
         (("AARS", "IRF1"), "AARS1", "alias", "AARS", "approved symbol of AARS1, here AARS"),
+        (("EPRS", "EPRS1", "QPRS"), "EARS", "alias", "EPRS1", "alias symbol of EPRS1"),
+        # its own symbol, though it was another gene's before
+        (("AC3",), "ADCY3", "alias", "AC3", "approved symbol of ADCY3, here AC3"),
         (
             ("C1orf158",),
             "CFAP107",
@@ -182,6 +185,20 @@ def test_two_keys_of_one_gene_are_ambiguous_too(lookup: Callable[..., Result]) -
         "(EPRS1): 'EPRS1' is EPRS1, and so are EPRS and QPRS here. Choose: --alias EPRS1=EPRS or "
         "--alias EPRS1=QPRS. Add"
     ) in done.err
+
+
+def test_keys_that_differ_in_case_only_are_ambiguous(lookup: Callable[..., Result]) -> None:
+    done = lookup(("Stat1", "STAT1"), ("stat1",), "--quiet")
+    assert done.code == 1
+    assert "(stat1): 'stat1' is STAT1, and so are Stat1 and STAT1 here. Choose: --alias" in done.err
+
+
+def test_a_key_that_is_a_looser_name_is_taken_for_no_gene(lookup: Callable[..., Result]) -> None:
+    assert lookup(("MLK4", "IRF1"), ("MAP3K21",), "--quiet") == Result(
+        1,
+        "",
+        f"error: 1 of 1 label have no embedding (MAP3K21): 'MAP3K21' is in no table.{ADVICE}",
+    )
 
 
 def test_prefer_previous_takes_the_only_gene_that_had_the_symbol(
@@ -394,7 +411,8 @@ def test_guides_read_with_a_regex_have_the_vector_of_their_gene(
     labels = ("STAT1_g2", "STAT1", "AARS_g1", "TAZ_g1", "STAT1_g1+AARS1_g2")
     regex = "(?P<gene>.+)_g[0-9]+"
     done = lookup(TODAY, labels, "--label-regex", regex, "--alias", "TAZ=WWTR1", "--quiet")
-    assert done.code == 0, done.err
+    same = "warning: State cannot tell labels with the same vector apart: STAT1_g2 = STAT1\n"
+    assert done == Result(0, "o.pt\n", same)
     found = features(tmp_path)
     assert found["STAT1_g2"] == found["STAT1"] == [1.0, 6.0, 36.0]
     assert found["TAZ_g1"] == [1.0, 1.0, 1.0]
@@ -479,6 +497,11 @@ def test_the_report_names_the_nearest_label(tmp_path: Path, lookup: Callable[...
         ["EPRS1", "exact", "EPRS1", "table.pt", "", "STAT1", "0.9997", ""],
         ["non-targeting", "control", "non-targeting", "", "", "", "", ""],
     ]
+
+
+def test_no_label_is_nearest_to_itself() -> None:
+    vectors = {"A": torch.tensor([1.0, 0.0]), "B": torch.tensor([-1.0, 0.0])}
+    assert script.nearest(vectors, ["A", "B"], 5) == {"A": [("B", -1.0)], "B": [("A", -1.0)]}
 
 
 def test_nearest_by_blocks_is_nearest_by_all() -> None:
