@@ -42,11 +42,12 @@ def write_inputs(folder: Path) -> None:
     import numpy as np
     import torch
 
-    symbols = [f"G{i}" for i in range(GENES)]
+    symbols = ["TP53", *(f"G{i}" for i in range(1, GENES))]
     rows = torch.randn(GENES, WIDTH)
     torch.save({s: row.clone() for s, row in zip(symbols, rows, strict=True)}, folder / "table.pt")
     labels = symbols[:: GENES // LABELS][:LABELS]
     (folder / "labels.txt").write_text("\n".join(labels))
+    (folder / "ids.txt").write_text("ENSG00000141510")
     with h5py.File(folder / "big.h5ad", "w") as file:
         x = file.create_dataset("X", (CELLS, 18_080), np.float32, chunks=(100, 18_080))
         x.attrs["encoding-type"], x.attrs["encoding-version"] = "array", "0.2.0"
@@ -86,6 +87,7 @@ def main(repeats: int) -> None:
             "script 2 --help": [*TRAIN, "--help"],
             "(python alone)": [*python, "pass"],
             f"{LABELS:,} labels from the table": [*CREATE, *lookup],
+            "the same, one as an Ensembl id": [*CREATE, *lookup, "--gene-list", "ids.txt"],
             "(torch.load mmap + sha256)": [*python, f"{load}; {hashing}"],
             f"labels of {CELLS:,} cells + lookup": [*CREATE, *features],
             "(h5py reads the categories)": [*python, read_obs],
