@@ -1067,14 +1067,15 @@ class Proteins:
         {gene: why a record of it was left out}.
     isoforms, long, model
         As on the command line.
-    recipe
-        How vectors were computed; None as long as none was needed.
+    recipe, width
+        How vectors were computed and how long they are; None as long as none was needed.
     """
 
     isoforms: str
     long: str
     model: str
     recipe: Recipe | None = None
+    width: int | None = None
     files: list[dict[str, Any]] = field(default_factory=list)
     genes: dict[str, list[Protein]] = field(default_factory=dict)
     symbols: dict[str, None] = field(default_factory=dict)
@@ -1146,7 +1147,7 @@ class Proteins:
         }
 
     def __str__(self) -> str:
-        how = f", {self.model} in {self.recipe.precision}" if self.recipe else ""
+        how = f" x {self.width:,}, {self.model} in {self.recipe.precision}" if self.recipe else ""
         return f"{self.path} ({count(len(self.symbols), 'gene')}{how})"
 
 
@@ -1836,7 +1837,7 @@ def embed_genes(
     layer = checkpoint.layers if args.layer is None else args.layer
     precision = choose_precision(args.precision, device)
     recipe = Recipe(checkpoint.sha256, layer, "mean", args.long, precision)
-    proteins.recipe = recipe
+    proteins.recipe, proteins.width = recipe, checkpoint.width
     sequences = list(dict.fromkeys(p.sequence for gene in genes for p in proteins[gene]))
     long = sum(len(s) > WINDOW for s in sequences)
     if long and args.long == "truncate":

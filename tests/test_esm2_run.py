@@ -603,6 +603,7 @@ FILE = Path("cache") / "esm2_vectors.sqlite"
 def test_the_second_run_computes_nothing(tmp_path: Path, create: Create, model: Any) -> None:
     first = create(*ALL, *OUT, *CACHE)
     assert cached(first.err) == (0, 3)
+    assert first.err.endswith("\nsource    p.fasta (3 genes x 16, m.pt in float32)\n")
     kept = (tmp_path / "o.pt").read_bytes()
     second = create(*ALL, *OUT, *CACHE)
     assert cached(second.err) == (3, 0)
