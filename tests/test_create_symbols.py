@@ -315,7 +315,7 @@ def test_resolution_depends_on_no_order(raw: Raw, seed: int) -> None:
 # --- HGNC's file --------------------------------------------------------------------------------
 
 HGNC = """hgnc_id\tsymbol\tname\tlocus_group\talias_symbol\tprev_symbol\tentrez_id\tensembl_gene_id
-HGNC:1\tNEW1\tone\tprotein-coding gene\t"NICK1|NICK2"\tOLD1|OLD2\t101\tENSG00000000001
+HGNC:1\tNEW1\tone\tprotein-coding gene\t"NICK1|NICK2|OLD2"\tOLD1|OLD2\t101\tENSG00000000001
 HGNC:2\tNOCODE\ttwo\tnon-coding RNA\t\tLNC2\t\t
 HGNC:3\tTAZ\tthree\tprotein-coding gene\t\t\t\t
 """
