@@ -43,7 +43,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import csv
 import difflib
 import errno
@@ -2117,8 +2116,22 @@ def read_aliases(pairs: Sequence[tuple[str, str]], path: Path | None) -> dict[st
             if len(fields) != 2 or not all(fields):
                 raise InputError(f"{path}, line {number}: expected two columns, OLD NEW: {line!r}")
             aliases[fields[0]] = fields[1]
+    for old, new in pairs:
+        if dict(pairs)[old] != new:
+            raise InputError(f"--alias {old}={new} and --alias {old}={dict(pairs)[old]}: which?")
     return aliases | dict(pairs)
 
+
+CONTROL_NAMES = {
+    *("control", "controls", "ctrl", "ctl", "nt", "ntc", "nontarget", "nontargeting", "negctrl"),
+    *("negctl", "negativecontrol", "safetargeting", "scramble", "scrambled", "dmso", "vehicle"),
+    *("mock", "untreated", "unperturbed", "wt"),
+}
+NO_VALUES = {"", "nan"}
+"""Labels, in small letters only, that are never taken for a gene (CTRL, or SCN11A's alias NaN)
+unless they are the exact key."""
+
+NOT_FOUND, CONTROL_NAMED = "not found", "named like a control"
 
 PREFERRED = ", preferred to "
 """What --prefer-previous adds to how a name leads to its gene."""
@@ -2160,13 +2173,6 @@ class Resolver:
         """Those names, if they were needed."""
         return self.__dict__.get("names", [])
 
-    def with_form(self, label_regex: re.Pattern[str] | None, separator: str) -> Resolver:
-        """The same with another --label-regex and --separator."""
-        other = copy.copy(self)
-        changed = {"label_regex": label_regex, "separator": separator}
-        other.args = argparse.Namespace(**vars(self.args) | changed)
-        return other
-
     @cached_property
     def keys_in_capitals(self) -> list[dict[str, list[str]]]:
         """Of each source {key in capitals: keys}."""
@@ -2190,6 +2196,15 @@ class Resolver:
             found.append({g: [k for r, k in ks if r == min(ks)[0]] for g, ks in ranked.items()})
         return found
 
+    @cached_property
+    def doubtful_keys_of_gene(self) -> dict[str, list[str]]:
+        """{gene: keys of any source that may mean it, or another}."""
+        found: dict[str, list[str]] = {}
+        for key in dict.fromkeys(key for source in self.sources for key in source):
+            for gene in genes if len(genes := self.meanings(key)[1]) > 1 else ():
+                found.setdefault(gene, []).append(key)
+        return found
+
     def meanings(self, name: str) -> tuple[Names | None, dict[str, str]]:
         """The first resource that knows the name, and {gene: how}, firmest first."""
         known = ((names, found) for names in self.names if (found := names.meanings(name)))
@@ -2207,32 +2222,39 @@ class Resolver:
         if name == self.control:
             return Gene(name, "control")
         if not name:
-            return Gene(name, "missing", reason="empty label or part", kind="not found")
-        wanted, said = self.read(name)
-        found = self.exact(wanted) or self.other_case(wanted) or self.other_name(wanted)
-        if not said:
+            return Gene(name, "missing", reason="empty label or part", kind="no value")
+        if name in self.aliases:
+            self.aliases_used.add(name)
+            return self.instead(name, self.aliases[name], "alias of", "alias")
+        found = self.find(name)
+        pattern = self.args.label_regex
+        match = pattern.fullmatch(name) if pattern and found.kind == NOT_FOUND else None
+        if not match or match["gene"] in (None, "", name):
             return found
+        wanted = match["gene"]
+        self.aliases_used.add(wanted)
+        return self.instead(name, self.aliases.get(wanted, wanted), "read by --label-regex from")
+
+    def instead(self, name: str, wanted: str, said: str, how: str | None = None) -> Gene:
+        """Resolve `wanted` in place of `name`, by the user's word."""
+        found = self.find(wanted)
         meant = f"{wanted!r} ({said} {name!r})"
         reason = found.reason and found.reason.replace(repr(wanted), meant, 1)
-        if name in self.aliases:
-            return replace(
-                found, name=name, how="alias" if found.gene else "missing", reason=reason
-            )
-        via = f"{meant}, {found.via}" if found.via else meant
-        return replace(found, name=name, via=via, reason=reason)
+        via = found.via if how else f"{meant}, {found.via}" if found.via else meant
+        how = how if how and found.gene else found.how
+        return replace(found, name=name, how=how, via=via, reason=reason)
 
-    def read(self, name: str) -> tuple[str, str]:
-        """The name to look up in its place, and by whose word; the latter empty if it is itself."""
-        known = name in self.aliases or self.exact(name)
-        match = (
-            None if known or not self.args.label_regex else self.args.label_regex.fullmatch(name)
-        )
-        wanted = (match and match["gene"]) or name
-        said = "read by --label-regex from" if wanted != name else ""
-        if wanted in self.aliases:
-            self.aliases_used.add(wanted)
-            return self.aliases[wanted], said or "alias of"
-        return wanted, said
+    def find(self, name: str) -> Gene:
+        """The exact key, the only one in other case or without version, or another name's."""
+        if found := self.exact(name):
+            return found
+        plain = re.sub(r"[\W_]", "", name).lower()
+        if name == self.control or plain in CONTROL_NAMES:
+            reason = f"{name!r} is the name of a control, not of a gene"
+            return Gene(name, "missing", reason=reason, kind=CONTROL_NAMED)
+        if plain in NO_VALUES:
+            return Gene(name, "missing", reason=f"{name!r} stands for no value", kind="no value")
+        return self.other_case(name) or self.other_name(name)
 
     def exact(self, name: str) -> Gene | None:
         """The key itself."""
@@ -2243,7 +2265,7 @@ class Resolver:
         """The only key that is the same in capitals, or an Ensembl id without its version."""
         for i, keys in enumerate(self.keys_in_capitals):
             for how, key in (("case", name), ("id", without_version(name))):
-                if len(same := keys.get(key.upper(), [])) == 1:
+                if len(same := keys.get(key.strip().upper(), [])) == 1:
                     return Gene(name, how, same[0], i)
         return None
 
@@ -2261,8 +2283,11 @@ class Resolver:
             return self.ambiguous(name, names, found)
         [(gene, how)] = found.items()
         symbol = names.symbol_of(gene)
+        keys = [k for keys in self.keys_of_gene for k in keys.get(gene, [])]
         if how == LOOSER:
-            return self.not_found(name, f"; if {symbol} is meant: --alias {name}={symbol}")
+            keys = keys or self.doubtful_keys_of_gene.get(gene, [])
+            more = f"; if {symbol} is meant: --alias {name}={keys[0]}" if keys else ""
+            return self.not_found(name, more)
         for i, keys_of_gene in enumerate(self.keys_of_gene):
             keys = keys_of_gene.get(gene, [])
             if len(keys) > 1:
@@ -2276,9 +2301,13 @@ class Resolver:
         if gene in names.no_protein:
             reason = f"{name!r} has no protein: {symbol} is a {names.no_protein[gene]} gene"
             return Gene(name, "missing", reason=reason, kind="no protein")
-        return self.not_found(
-            name, "" if symbol == name else f", nor is {symbol}, whose {how} it is"
-        )
+        if keys := self.doubtful_keys_of_gene.get(gene, []):
+            reason = f"{name!r} may be {' or '.join(keys)} here, which may be another gene too"
+            paste = tuple(f"--alias {name}={key}" for key in keys)
+            return Gene(name, "missing", reason=reason, kind="ambiguous", paste=paste)
+        if how == APPROVED:
+            return self.not_found(name, ", though a human gene")
+        return self.not_found(name, f", nor is {symbol}, whose {how} it is")
 
     def ambiguous(self, name: str, names: Names, found: Mapping[str, str]) -> Gene:
         """A name that several genes have, and the aliases that would choose one of them."""
@@ -2296,7 +2325,7 @@ class Resolver:
         kinds = {"table" if isinstance(s, Table) else "FASTA file": None for s in self.sources}
         why = next((f" ({why})" for s in self.sources if (why := s.why_not(name))), "")
         reason = f"{name!r} is in no {' or '.join(kinds)}{why}{more}"
-        return Gene(name, "missing", reason=reason, kind="not found")
+        return Gene(name, "missing", reason=reason, kind=NOT_FOUND)
 
 
 def resolve(names: Iterable[str], resolver: Resolver) -> list[Resolution]:
@@ -2671,25 +2700,42 @@ LABEL_FORMS = (
 
 
 def suggest_form(missing: Sequence[Resolution], resolver: Resolver) -> str:
-    """The option under which most, and at least half, of the missing labels resolve; or nothing."""
+    """The option that makes keys of most, and of at least half, of the missing labels; or nothing.
+
+    Ambiguous labels, and readings that are no key but a number or another name, do not count.
+    """
+
+    def read(part: str, regex: str) -> str:
+        match = None if resolver.exact(part) else re.fullmatch(regex, part)
+        return match["gene"] if match else part
+
+    labels = [r.label for r in missing if not any(p.paste for p in r.parts)]
     found: list[tuple[int, str]] = []
     for option, value in LABEL_FORMS:
-        regex = re.compile(value) if option == "--label-regex" else resolver.args.label_regex
-        mark = value if option == "--separator" else resolver.args.separator
-        trial = resolver.with_form(regex, mark)
-        hits = sum(trial.label(r.label).reason is None for r in missing)
-        found.append((hits, f"{option} {shlex.quote(value)}"))
-    hits, option = max(found, key=lambda trial: trial[0])
-    if 2 * hits < len(missing):
-        return ""
-    return f" {hits:,} of them resolve with {option}."
+        if option == "--separator":
+            readings = {label: label.split(value) for label in labels if value in label}
+        else:
+            mark = resolver.args.separator
+            readings = {label: [read(p, value) for p in label.split(mark)] for label in labels}
+        hits = {
+            label: " and ".join(parts)
+            for label, parts in readings.items()
+            if parts != label.split(resolver.args.separator)
+            and all(resolver.exact(p) or p == resolver.control for p in parts)
+        }
+        example = next((f" ({label} is {parts})" for label, parts in hits.items()), "")
+        found.append((len(hits), f"{option} {shlex.quote(value)}{example}"))
+    hits_of_best, best = max(found, key=lambda form: form[0])
+    return (
+        f" {hits_of_best:,} of them resolve with {best}."
+        if 2 * hits_of_best >= len(missing)
+        else ""
+    )
 
 
 def missing_by_kind(resolutions: Iterable[Resolution]) -> str:
     """'2 ambiguous, 3 not found', by the first part of each label that has no gene."""
-    kinds = [
-        next((p.kind for p in r.parts if p.kind), "not found") for r in resolutions if r.reason
-    ]
+    kinds = [next((p.kind for p in r.parts if p.kind), NOT_FOUND) for r in resolutions if r.reason]
     return ", ".join(f"{kinds.count(k):,} {k}" for k in sorted(set(kinds)))
 
 
@@ -2715,6 +2761,12 @@ def check_missing(
     typos = [r.label for r in missing if r.label in labels.fewshot_only]
     also = f" {some(typos)}: only in [fewshot], probably a typo." if typos else ""
     also += suggest_form(missing, resolver)
+    controls = [p.name for r in missing for p in r.parts if p.kind == CONTROL_NAMED]
+    if controls:
+        also += (
+            f" {some(dict.fromkeys(controls))}: if this is the control, --control-pert "
+            f"{shlex.quote(controls[0])}; only one label can be, so give its cells that one."
+        )
     unclear = {str(p.reason): " or ".join(p.paste) for r in missing for p in r.parts if p.paste}
     if unclear and len(missing) > 1:
         also += f" {some(unclear, 3)}."

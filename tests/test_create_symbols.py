@@ -197,7 +197,8 @@ def test_a_key_that_is_a_looser_name_is_taken_for_no_gene(lookup: Callable[..., 
     assert lookup(("MLK4", "IRF1"), ("MAP3K21",), "--quiet") == Result(
         1,
         "",
-        f"error: 1 of 1 label have no embedding (MAP3K21): 'MAP3K21' is in no table.{ADVICE}",
+        "error: 1 of 1 label have no embedding (MAP3K21): 'MAP3K21' is in no table, "
+        f"though a human gene.{ADVICE}",
     )
 
 
@@ -312,6 +313,46 @@ def test_resolution_depends_on_no_order(raw: Raw, seed: int) -> None:
     }
 
 
+@pytest.mark.parametrize("label", ["ctrl", "NTC", "Non_Targeting", "nan", "NaN"])
+def test_names_of_controls_and_of_no_value_are_never_genes(
+    lookup: Callable[..., Result], label: str
+) -> None:
+    """CTRL is a chymotrypsin-like protease and NaN an alias of SCN11A."""
+    done = lookup(("CTRL", "SCN11A", "STAT1"), (label, "STAT1"), "--quiet")
+    assert done.code == 1
+    if label.lower() == "nan":
+        assert f"({label}): {label!r} stands for no value. Add" in done.err
+    else:
+        assert (
+            f"({label}): {label!r} is the name of a control, not of a gene. {label}: if this is "
+            f"the control, --control-pert {label}; only one label can be, so give its cells that "
+            "one. Add"
+        ) in done.err
+        assert lookup(("STAT1",), (label, "STAT1"), "--control-pert", label).code == 0
+    assert lookup(("CTRL", "SCN11A"), ("CTRL",)).code == 0  # the exact key is what it is
+
+
+def test_an_old_key_of_several_genes_is_offered(tmp_path: Path, lookup: Any) -> None:
+    done = lookup(("QARS", "STAT1"), ("QARS1",), "--quiet")
+    assert done.code == 1
+    assert (
+        "(QARS1): 'QARS1' may be QARS here, which may be another gene too. Choose: "
+        "--alias QARS1=QARS. Add"
+    ) in done.err
+    assert lookup(("QARS", "STAT1"), ("QARS1",), "--alias", "QARS1=QARS").code == 0
+
+
+def test_an_offer_names_a_key_that_is_there(lookup: Callable[..., Result]) -> None:
+    """TAZ1 is a looser name of TAFAZZIN, and the key is its old symbol."""
+    done = lookup(("TAZ", "STAT1"), ("TAZ1",), "--quiet")
+    assert "'TAZ1' is in no table; if TAFAZZIN is meant: --alias TAZ1=TAZ. Add" in done.err
+
+
+def test_two_aliases_of_one_label_contradict(lookup: Callable[..., Result]) -> None:
+    done = lookup(TODAY, ("X",), "--alias", "X=STAT1", "--alias", "X=AARS1")
+    assert done == Result(1, "", "error: --alias X=STAT1 and --alias X=AARS1: which?\n")
+
+
 # --- HGNC's file --------------------------------------------------------------------------------
 
 HGNC = """hgnc_id\tsymbol\tname\tlocus_group\talias_symbol\tprev_symbol\tentrez_id\tensembl_gene_id
@@ -395,7 +436,7 @@ def test_a_common_form_is_offered_and_what_is_offered_works(
     done = lookup(TODAY, labels, "--quiet")
     assert done.code == 1
     assert hint in done.err
-    said = re.search(r"of them resolve with (--\S+) (\S+)\. ", done.err)
+    said = re.search(r"of them resolve with (--\S+) (\S+) \(\S+ is \S.*?\)\. ", done.err)
     assert said, done.err
     again = lookup(TODAY, labels[:2], said[1], said[2].strip("'"), "--quiet")
     assert again.code == 0, again.err
@@ -428,9 +469,22 @@ def test_guides_read_with_a_regex_have_the_vector_of_their_gene(
 
 
 def test_a_symbol_that_looks_like_a_guide_stays_itself(tmp_path: Path, lookup: Any) -> None:
-    done = lookup(("NKX2-1", "NKX2"), ("NKX2-1",), "--label-regex", "(?P<gene>.+)-[0-9]+")
-    assert done.code == 0
-    assert manifest(tmp_path)["labels"]["NKX2-1"] == {"how": "exact", "gene": "NKX2-1", "source": 0}
+    """A key, an alias of IL2, and a name of three genes, of which none is PC."""
+    keys, regex = ("NKX2-1", "NKX2", "IL2", "PC", "ENPP1"), ("--label-regex", "(?P<gene>.+)-[0-9]+")
+    assert lookup(keys, ("NKX2-1", "IL-2", "PC-9"), *regex).code == 0
+    found = manifest(tmp_path)["labels"]
+    assert [found[x]["gene"] for x in ("NKX2-1", "IL-2", "PC-9")] == ["NKX2-1", "IL2", "PC"]
+    done = lookup(keys, ("PC-1",), *regex)
+    assert done.code == 1
+    assert "'PC-1' is ambiguous: ENPP1 (" in done.err
+
+
+def test_a_separator_is_offered_for_keys_only(lookup: Callable[..., Result]) -> None:
+    """g1 is an alias of PRB3, and 2 is A2M's number."""
+    labels = ("NOGENE_g1", "STAT1_2", "AARS1_2")
+    done = lookup((*TODAY, "PRB3", "A2M"), labels, "--quiet")
+    assert "--separator" not in done.err
+    assert "2 of them resolve with --label-regex" in done.err and "(STAT1_2 is STAT1)" in done.err
 
 
 @pytest.mark.parametrize(
