@@ -194,13 +194,13 @@ def test_left_out_proteins_are_counted_with_their_reasons(
 def test_a_missing_label_says_why_its_record_was_left_out(
     tmp_path: Path, create: Create, model: Any
 ) -> None:
-    (tmp_path / "p.fasta").write_text(fasta({"A": "MK", "id1 GN=BAD PE=1": "MK*L"}))
-    (tmp_path / "genes.txt").write_text("A\nBAD\n")
+    (tmp_path / "p.fasta").write_text(fasta({"A": "MK", "id1 GN=XBAD PE=1": "MK*L"}))
+    (tmp_path / "genes.txt").write_text("A\nXBAD\n")
     done = create("--gene-list", "genes.txt", *ALL[1:], *OUT, "--no-cache")
     assert (done.code, done.out) == (1, "")
     assert done.err == (
         "warning: 1 of 2 proteins left out: a stop (*) inside the sequence: 1 (id1)\n"
-        "error: 1 of 2 labels have no embedding (BAD): 'BAD' is in no FASTA file (id1: a stop (*) "
+        "error: 1 of 2 labels have no embedding (XBAD): 'XBAD' is in no FASTA file (id1: a stop (*) "
         f"inside the sequence). {ADVICE}"
     )
     assert not (tmp_path / "o.pt").exists()
