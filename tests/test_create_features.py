@@ -26,6 +26,7 @@ from create_esm_pert_features import (
     InputError,
     __version__,
     build_parser,
+    load_table,
     read_manifest,
     shuffle_vectors,
 )
@@ -894,28 +895,66 @@ sys.exit(code)
 """
 
 
+def peak(folder: Path, table: Path, output: str) -> int:
+    """KiB that a look-up of the genes in g.txt has in memory at most."""
+    done = subprocess.run(
+        [
+            *(sys.executable, "-c", MEASURED, "--gene-list", "g.txt", "--quiet"),
+            *("--esm-embeddings", table, "--output", output),
+        ],
+        **{"cwd": folder, "capture_output": True, "text": True, "timeout": 60},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert (done.returncode, done.stdout) == (0, f"{output}\n"), done.stderr
+    return int(done.stderr)
+
+
 def test_of_a_large_table_only_the_vectors_in_use_come_into_memory(
     tmp_path: Path, big_table: Path
 ) -> None:
     genes = [f"G{i}" for i in range(5)]
     torch.save({g: torch.full((100_000,), i + 1.0) for i, g in enumerate(genes)}, tmp_path / "5.pt")
     (tmp_path / "g.txt").write_text("\n".join(genes))
-
-    def peak(table: Path, output: str) -> int:
-        """KiB at most in memory."""
-        done = subprocess.run(
-            [
-                *(sys.executable, "-c", MEASURED, "--gene-list", "g.txt", "--quiet"),
-                *("--esm-embeddings", table, "--output", output),
-            ],
-            **{"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 60},
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-        )
-        assert (done.returncode, done.stdout) == (0, f"{output}\n"), done.stderr
-        return int(done.stderr)
-
-    assert peak(big_table, "big.pt") < peak(tmp_path / "5.pt", "small.pt") + 60_000
+    most = peak(tmp_path, tmp_path / "5.pt", "small.pt") + 60_000
+    assert peak(tmp_path, big_table, "big.pt") < most
     assert (tmp_path / "big.pt").read_bytes() == (tmp_path / "small.pt").read_bytes()
+
+
+def test_of_a_table_used_here_and_there_the_rest_stays_out_of_memory(tmp_path: Path) -> None:
+    """Every 5th of 4,000 vectors of 50 KB: pages mapped around them would be 90 MB and more."""
+    table = {f"G{i}": torch.full((12_500,), i + 1.0) for i in range(4000)}
+    torch.save(table, tmp_path / "all.pt")
+    used = {gene: table[gene] for gene in list(table)[::5]}
+    torch.save(used, tmp_path / "used.pt")
+    (tmp_path / "g.txt").write_text("\n".join(used))
+    most = peak(tmp_path, tmp_path / "used.pt", "small.pt") + 40_000
+    assert peak(tmp_path, tmp_path / "all.pt", "big.pt") < most
+    assert (tmp_path / "big.pt").read_bytes() == (tmp_path / "small.pt").read_bytes()
+
+
+@pytest.mark.parametrize("layout", ["one each", "rows of one", "legacy", "bfloat16"])
+def test_vectors_are_those_of_torch_load_whatever_the_layout(tmp_path: Path, layout: str) -> None:
+    torch.manual_seed(0)
+    rows = torch.randn(50, 7)
+    if layout == "bfloat16":
+        rows = rows.bfloat16()
+    table = {f"G{i}": row if layout == "rows of one" else row.clone() for i, row in enumerate(rows)}
+    table["flipped"] = rows[:, 3][:7] if layout == "rows of one" else rows[0].flip(0)
+    table["nan"] = torch.full((7,), torch.nan, dtype=rows.dtype)
+    zipped = {"_use_new_zipfile_serialization": layout != "legacy"}
+    torch.save(table, tmp_path / "table.pt", **zipped)
+    opened = load_table(tmp_path / "table.pt")
+    assert (opened.file is None) == (layout == "legacy")
+    for gene, vector in table.items():
+        assert torch.equal(opened[gene].nan_to_num(9), vector.float().nan_to_num(9)), gene
+
+
+def test_a_table_replaced_while_it_is_open_is_still_the_old_one(tmp_path: Path) -> None:
+    torch.save({"A": torch.ones(3), "B": torch.zeros(3)}, tmp_path / "table.pt")
+    opened = load_table(tmp_path / "table.pt")
+    torch.save({"A": -torch.ones(3), "B": torch.zeros(3)}, tmp_path / "new.pt")
+    (tmp_path / "new.pt").replace(tmp_path / "table.pt")
+    assert opened["A"].tolist() == [1.0, 1.0, 1.0]
 
 
 @pytest.mark.parametrize(
