@@ -2689,7 +2689,8 @@ def nearest(
     column = {name: i for i, name in enumerate(names)}
 
     def unit(some_names: Sequence[str]) -> torch.Tensor:
-        return torch.nn.functional.normalize(torch.stack([vectors[n] for n in some_names]), dim=1)
+        stacked = torch.stack([vectors[n] for n in some_names])
+        return torch.nn.functional.normalize(stacked, dim=1, out=stacked)
 
     found: dict[str, list[tuple[str, float]]] = {}
     for start in range(0, len(wanted), block):
