@@ -2339,8 +2339,8 @@ class Resolver:
             return self.ambiguous(name, names, found)
         [(gene, how)] = found.items()
         symbol = names.symbol_of(gene)
-        keys = [k for keys in self.keys_of_gene for k in keys.get(gene, [])]
         if how == LOOSER:
+            keys = [k for keys in self.keys_of_gene for k in keys.get(gene, [])]
             keys = keys or self.doubtful_keys_of_gene.get(gene, [])
             more = f"; if {symbol} is meant: --alias {name}={keys[0]}" if keys else ""
             return self.not_found(name, more)
@@ -2852,8 +2852,8 @@ def summary(
     args: argparse.Namespace,
     features: Mapping[str, torch.Tensor] | None = None,
 ) -> str:
-    """The closing table: labels by how they were resolved, sources, and, once there are features,
-    the nearest neighbours of a few well-known genes and labels with identical vectors.
+    """The closing table: labels by how they were resolved, missing ones by reason, sources, and,
+    once there are features, the nearest neighbours of a few well-known genes.
     """
     hows = [how_resolved(r, args.missing) for r in resolutions]
     tally = ", ".join(f"{hows.count(h):,} {h}" for h in dict.fromkeys(sorted(hows)))
