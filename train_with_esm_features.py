@@ -2005,6 +2005,7 @@ def on_train_start(state: Training, trainer: Any, module: Any) -> None:
     take_signals(state, trainer)
     state.first = state.step = int(trainer.global_step)
     state.started = state.row_moment = time.monotonic()
+    state.waited = 0.0  # of the sanity check
     if trainer.is_global_zero:
         state.bar = Bar(trainer.max_steps, "step", "step", initial=state.first)
 
@@ -2030,9 +2031,10 @@ def on_train_batch_end(
 
 
 def on_validation_batch_end(state: Training, trainer: Any, *_: Any) -> None:
-    if in_any_rank(trainer, state.stop is not None):
+    """Stop within a validation, unless ranks would have to agree: they have unlike many batches."""
+    if state.stop is not None and trainer.world_size == 1:
         state.sound = True
-        raise Stopped(state.stop or signal.SIGTERM)
+        raise Stopped(state.stop)
 
 
 def on_validation_end(state: Training, trainer: Any, module: Any) -> None:
