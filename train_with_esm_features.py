@@ -880,6 +880,11 @@ def matrix_shape(node: h5py.Group | h5py.Dataset) -> tuple[int, int]:
     return int(rows), int(columns)
 
 
+def is_matrix(node: Any) -> bool:
+    """A dense or compressed sparse matrix, as opposed to nothing or a data frame in obsm."""
+    return node is not None and ("indptr" in node if hasattr(node, "keys") else node.ndim == 2)
+
+
 def plan_fast_loading(
     layout: str, folder: Path, data: Data, stock: Mapping[str, Any], found: Findings
 ) -> FastLoading:
@@ -897,7 +902,7 @@ def plan_fast_loading(
             lost = [n for n in names if n and n not in file["obs"]]
             if lost:
                 raise InputError(f"{f.path} has no obs column {some(lost)}")
-            nodes = [file[m] for m in matrices if m in file]
+            nodes = [file[m] for m in matrices if is_matrix(file.get(m))]
             plain = all(isinstance(n, h5py.Dataset) and n.chunks is None for n in nodes)
             if f.grouped if layout == "sorted" else plain:
                 continue
@@ -948,13 +953,13 @@ def make_copies(fast: FastLoading, columns: Columns) -> None:
         _say_older_copies(copy)
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(folder.parent / f".{folder.name}.lock", timeout=0)
+            lock = FileLock(folder.parent / f".{folder.name}.lock")
             try:
-                lock.acquire()
+                held = lock.acquire(timeout=0)
             except Timeout:
                 log.info("another process is rewriting %s: waiting for it", copy.source)
-                lock.acquire(timeout=-1)
-            with lock:
+                held = lock.acquire()
+            with held:
                 if not copy.target.exists():
                     write_copy(copy, fast.layout, columns, bar)
         except (OSError, RuntimeError) as error:  # HDF5 reports a full disk as either
@@ -1007,7 +1012,7 @@ def write_copy(copy: FastCopy, layout: str, columns: Columns, bar: Bar) -> None:
             for name in {"log1p", "hvg_names"} & set(source.get("uns", ())):
                 source.copy(f"uns/{name}", target.require_group("uns"))
             for name in sorted({"X", "obsm/X_hvg", *copy.made_of["matrices"]}):
-                if name not in source:
+                if not is_matrix(source.get(name)):
                     continue
                 if name in copy.made_of["matrices"]:
                     copy_matrix(source[name], target, name, np.argsort(order), layout, bar)
@@ -1015,6 +1020,8 @@ def write_copy(copy: FastCopy, layout: str, columns: Columns, bar: Bar) -> None:
                     shape = matrix_shape(source[name])
                     declared = target.create_dataset(name, shape, np.float32, fillvalue=np.nan)
                     declared.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+        if not data_file_origin(copy.source).items() <= copy.made_of.items():
+            raise InputError(f"{copy.source} changed while it was read; start again")
         with path.open("rb") as written:
             os.fsync(written.fileno())
         write_json(temporary / "source.json", copy.made_of)
@@ -1042,7 +1049,12 @@ def copy_obs(source: h5py.File, target: h5py.File, names: Sequence[str], order: 
     obs = target.create_group("obs")
     for name in [*names, *({"_index"} & set(source["obs"]))]:
         source.copy(f"obs/{name}", obs)
-        values = obs[name]["codes"] if isinstance(obs[name], h5py.Group) else obs[name]
+        values = obs[name].get("codes") if isinstance(obs[name], h5py.Group) else obs[name]
+        if values is None:
+            raise InputError(
+                f"{source.filename}: cell-load cannot read obs column {name!r} as it is stored; "
+                f"write the file again after adata.obs[{name!r}] = adata.obs[{name!r}].astype(str)"
+            )
         values[...] = values[:][order]
     if "_index" not in obs:  # the names that cell-load makes up, so that they stay with their cells
         made_up = [f"cell_{i:06d}" for i in order]
@@ -1353,7 +1365,11 @@ def choose_workers(stock: Mapping[str, Any], data: Data) -> int:
 
 def ranks(stock: Mapping[str, Any]) -> int:
     """Processes that train together: training.devices as Lightning reads it."""
-    devices = stock["training"].get("devices", 1)
+    return count_devices(stock["training"].get("devices", 1))
+
+
+def count_devices(devices: Any) -> int:
+    """A number, a list, "0,1", "auto" or -1, as Lightning's Trainer takes it."""
     if devices in ("auto", -1, "-1"):
         import torch
 
@@ -1433,7 +1449,8 @@ def make_plan(
         settings.setdefault(WORKERS, choose_workers(stock, data))
         reserved = 0
         if layout:
-            folder = (args.data_cache or run_dir.parent / "data_cache").absolute()
+            before = (earlier or {}).get("data_cache") if args.resume else None
+            folder = Path(args.data_cache or before or run_dir.parent / "data_cache").absolute()
             fast = plan_fast_loading(layout, folder, data, stock, found)
             if existing_parent(folder).stat().st_dev == existing_parent(run_dir).stat().st_dev:
                 reserved = sum(copy.size for copy in fast.missing())
@@ -1741,12 +1758,11 @@ def run_lock(run_dir: Path) -> Iterator[None]:
 
     path = lock_path(run_dir)
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path, timeout=0, on_acquired=sign)
     try:
-        lock.acquire()
+        held = FileLock(path, on_acquired=sign).acquire(timeout=0)
     except Timeout:
         raise Busy(run_dir, read_json(path)) from None
-    with lock:
+    with held:
         yield
 
 
@@ -1895,6 +1911,8 @@ class Training:
         Signal that asked to stop after this step.
     sound
         The weights are those of a whole step, so that they can be saved.
+    together
+        The other ranks stop for the same reason.
     """
 
     run_dir: Path
@@ -1907,9 +1925,11 @@ class Training:
     started: float = 0.0
     stop: int | None = None
     sound: bool = False
+    together: bool = False
     exception: BaseException | None = None
     bar: Bar | None = None
     since_row: list[float] = field(default_factory=list)
+    row_step: int = -1
     row_moment: float = 0.0
     row_waited: float = 0.0
 
@@ -2026,7 +2046,7 @@ def on_train_batch_end(
     require_finite(state, trainer, "training loss", loss)
     note_progress(state, trainer, loss)
     if in_any_rank(trainer, state.stop is not None):
-        state.sound = True
+        state.sound = state.together = True
         raise Stopped(state.stop or signal.SIGTERM)
 
 
@@ -2060,6 +2080,7 @@ def require_finite(state: Training, trainer: Any, what: str, value: float) -> No
         Names the last good checkpoint.
     """
     if in_any_rank(trainer, not math.isfinite(value)):
+        state.together = True
         raise InputError(
             f"the {what} became {value} at step {state.step:,}; {state.good_checkpoint()}. Nothing "
             "was saved since. Look for NaN or huge values in the data, or try a smaller training.lr"
@@ -2077,6 +2098,7 @@ def on_save_checkpoint(
         if value.is_floating_point() and not value.isfinite().all()
     ]
     if bad:
+        state.together = True
         raise InputError(
             f"weights became NaN or infinite at step {state.step:,} ({some(bad)}); "
             f"{state.good_checkpoint()}. Look for huge values in the data, or try a smaller "
@@ -2117,7 +2139,8 @@ def note_progress(state: Training, trainer: Any, loss: float | None = None) -> N
     notes.append(f"{state.waited / seconds:.0%} waiting for data")
     state.bar.add(state.step - state.bar.done, ", ".join(notes))
     every = max(1, state.max_steps // PROGRESS_ROWS)
-    if loss is not None and state.step % every and state.step < state.max_steps:
+    due = state.step % every == 0 or state.step == state.max_steps
+    if loss is not None and not (due and state.step > state.row_step):
         return
     span = max(moment - state.row_moment, 1e-9)
     steps = len(state.since_row)
@@ -2134,6 +2157,7 @@ def note_progress(state: Training, trainer: Any, loss: float | None = None) -> N
     with path.open("a", newline="") as f:
         csv.writer(f).writerows([PROGRESS_COLUMNS, row] if new else [row])
     if steps:
+        state.row_step = state.step
         state.since_row.clear()
         state.row_moment, state.row_waited = moment, state.waited
 
@@ -2345,6 +2369,15 @@ def launch_id() -> str | None:
     return None
 
 
+def follows(run_dir: Path, typed: Sequence[str]) -> bool:
+    """Whether this process is a further rank of a training, and not one of several trainings."""
+    if rank() == 0:
+        return False
+    kept = (read_json(run_dir / "run.json") or {}).get("typed", [])
+    devices = typed_settings([*kept, *typed]).get("training.devices", 1)
+    return LAUNCH in os.environ or count_devices(devices) > 1
+
+
 def follow(run_dir: Path) -> int:
     """Train as one of several ranks, on what the first one has decided and written.
 
@@ -2360,8 +2393,11 @@ def follow(run_dir: Path) -> int:
             raise InputError(f"rank {rank()}: the first rank has not prepared {run_dir}; see there")
         time.sleep(0.2)
     state = Training(run_dir, record["identity"]["settings"]["training.max_steps"])
-    with contextlib.suppress(Stopped, InputError):  # all ranks stop; the first one says why
+    try:
         train(state, record["overrides"], record["step_checkpoints"])
+    except (Stopped, InputError):
+        if not state.together:  # else all ranks stop, and the first one says why
+            raise
     return 0
 
 
@@ -2585,17 +2621,18 @@ def start(
             record["replaces"] = [*earlier["replaces"], aside]
             log.info("the old run is kept as %s until this one has finished", aside)
     refuse_hpc_checkpoint(plan.run_dir)
-    new_features = identity(plan)["features"] != record.get("identity", {}).get("features")
-    fast = plan.fast
+    what, fast = identity(plan), plan.fast
+    new_features = what["features"] != record.get("identity", {}).get("features")
     record |= {
         "status": "training",
         "stock_command": plan.stock_command(),
         "settings": plan.settings,
         "typed": plan.typed,
         "fast_loading": fast.layout if fast else None,
+        "data_cache": str(fast.folder) if fast else None,
         "ablation": plan.pert_features["ablation"],
         "python_hash_seed": os.environ.get("PYTHONHASHSEED"),
-        "identity": identity(plan),
+        "identity": what,
         "hardware": hardware(),
         "git": {
             "working_directory": git_state(Path.cwd()),
@@ -2642,7 +2679,7 @@ def run(args: argparse.Namespace, from_command_line: bool) -> int:
     model = typed_settings(args.overrides).get("model") or args.model or "state_sm"
     name = args.name or f"{args.config.stem}_{model}"
     run_dir = args.output_dir.absolute() / name
-    if rank() > 0:
+    if follows(run_dir, args.overrides):
         return follow(run_dir)
     if not args.dry_run:
         refuse_if_held(run_dir)
