@@ -47,6 +47,7 @@ import contextlib
 import csv
 import ctypes
 import datetime
+import errno
 import functools
 import hashlib
 import importlib.metadata
@@ -129,6 +130,8 @@ ORDER_SEED = 0
 
 BLOCK = 8_000_000
 """Values of a matrix held at once while a file is rewritten: about 250 MB at the most."""
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 LAUNCH = "TRAIN_WITH_ESM_LAUNCH"
 """Environment variable by which the processes of one training know each other."""
@@ -772,7 +775,8 @@ def check_disk(
         return
     folder = existing_parent(run_dir)
     number = 4 + step_checkpoints
-    free = shutil.disk_usage(folder).free - reserved
+    free = shutil.disk_usage(folder).free
+    free -= reserved if reserved < free else 0  # else that is said already
     there = {p.stat().st_ino: p.stat().st_size for p in run_dir.glob("checkpoints/*.ckpt")}
     if number * each > free + sum(there.values()):
         found.problems.append(
@@ -876,13 +880,18 @@ def check_consecutive(data: Data, stock: Mapping[str, Any], found: Findings) -> 
 
 def matrix_shape(node: h5py.Group | h5py.Dataset) -> tuple[int, int]:
     """(cells, columns) of a dense or CSR matrix of an .h5ad file."""
-    rows, columns = node.attrs["shape"] if "indptr" in node else node.shape
+    rows, columns = node.attrs["shape"] if is_sparse(node) else node.shape
     return int(rows), int(columns)
 
 
 def is_matrix(node: Any) -> bool:
     """A dense or compressed sparse matrix, as opposed to nothing or a data frame in obsm."""
-    return node is not None and ("indptr" in node if hasattr(node, "keys") else node.ndim == 2)
+    return node is not None and (is_sparse(node) or getattr(node, "ndim", 0) == 2)
+
+
+def is_sparse(node: h5py.Group | h5py.Dataset) -> bool:
+    """A group with indptr (`in` a dataset would search its values)."""
+    return hasattr(node, "keys") and "indptr" in node
 
 
 def plan_fast_loading(
@@ -930,7 +939,7 @@ def plan_fast_loading(
 
 def _copy_bytes(node: h5py.Group | h5py.Dataset, layout: str) -> int:
     rows, columns = matrix_shape(node)
-    if layout == "dense" or "data" not in node:
+    if layout == "dense" or not is_sparse(node):
         return 4 * rows * columns
     return 8 * int(node["data"].shape[0]) + 8 * (rows + 1)
 
@@ -1079,7 +1088,7 @@ def copy_matrix(
     import numpy as np
 
     rows, width = matrix_shape(source)
-    csr = "indptr" in source and layout == "sorted"
+    csr = is_sparse(source) and layout == "sorted"
     if csr:
         lengths = np.empty(rows, np.int64)
         lengths[place] = np.diff(source["indptr"][:])
@@ -1118,7 +1127,7 @@ def row_blocks(node: h5py.Group | h5py.Dataset, max_rows: int) -> Iterator[tuple
     import scipy.sparse
 
     rows, width = matrix_shape(node)
-    if "indptr" not in node:
+    if not is_sparse(node):
         step = max(1, min(BLOCK // width, max_rows))
         for first in range(0, rows, step):
             yield first, node[first : first + step].astype(np.float32, copy=False)
@@ -1663,8 +1672,10 @@ def checkpoint_steps(run_dir: Path) -> dict[Path, int]:
         for path in sorted(folder.glob(name)):
             try:
                 found[path] = int(read_torch(path)["global_step"])
-            except (InputError, KeyError, TypeError) as error:
+            except InputError as error:
                 warn(f"damaged checkpoint: {error}")
+            except Exception as error:  # bytes that are not what was pickled can raise anything
+                warn(f"damaged checkpoint: {path} cannot be read ({type(error).__name__}: {error})")
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
@@ -1702,6 +1713,8 @@ def prepare_resume(plan: Plan) -> int:
         All checkpoints are damaged, or the run is past --max-steps already.
     """
     folder = plan.run_dir / "checkpoints"
+    for left in folder.glob(".*.tmp"):  # by a kill while it was written
+        left.unlink()
     steps = checkpoint_steps(plan.run_dir)
     best = next(filter(intact, steps), None)
     if best is None:
@@ -1926,7 +1939,6 @@ class Training:
     stop: int | None = None
     sound: bool = False
     together: bool = False
-    exception: BaseException | None = None
     bar: Bar | None = None
     since_row: list[float] = field(default_factory=list)
     row_step: int = -1
@@ -2114,8 +2126,8 @@ def on_fit_end(state: Training, trainer: Any, module: Any) -> None:
 
 def on_exception(state: Training, trainer: Any, module: Any, exception: BaseException) -> None:
     """Save what a stopped training has reached."""
-    state.exception = exception
-    state.step = int(trainer.global_step)
+    if state.started:
+        state.step = int(trainer.global_step)
     if not (isinstance(exception, Stopped) and state.sound and state.step > state.first):
         return
     trainer.save_checkpoint(state.last_checkpoint)
@@ -2334,6 +2346,12 @@ def in_plain_words(error: Exception, state: Training) -> Exception:
     import torch
 
     text = str(error).strip()
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        where = error.filename or f"{state.run_dir}/..."
+        return InputError(
+            f"cannot write {where}: {error.strerror}. Free some space there. At step "
+            f"{state.step:,}; {state.good_checkpoint()}: --resume"
+        )
     if re.search(r"DataLoader worker \(pid.*\) (is killed|exited)", text):
         what = "a loader process was killed; out of memory or of /dev/shm? Try fewer --num-workers"
     elif isinstance(error, torch.OutOfMemoryError):
@@ -2342,7 +2360,7 @@ def in_plain_words(error: Exception, state: Training) -> Exception:
         what = "the checkpoint is of another model than this configuration"
     else:
         return error
-    first_line = text.splitlines()[0]
+    first_line = text.splitlines()[0] if text else type(error).__name__
     return InputError(f"{what} (at step {state.step:,}; {state.good_checkpoint()}): {first_line}")
 
 
@@ -2596,10 +2614,11 @@ def close_record(run_dir: Path, record: dict[str, Any], state: Training) -> None
     draw_training(run_dir)
 
 
-def refuse_hpc_checkpoint(run_dir: Path) -> None:
+def refuse_hpc_checkpoint(run_dir: Path, how: str) -> None:
     """Under SLURM Lightning starts a new run from any hpc_ckpt_N.ckpt in the working directory."""
     left = sorted(Path.cwd().glob("hpc_ckpt_*.ckpt"))
-    if left and "SLURM_NTASKS" in os.environ and not (run_dir / "checkpoints/last.ckpt").exists():
+    resumes = how == "resume" and any((run_dir / "checkpoints").glob("*.ckpt"))
+    if left and "SLURM_NTASKS" in os.environ and not resumes:
         raise InputError(
             f"{left[0]} was left by another run's requeue, and under SLURM this run would start "
             "from it. Move it away, or start from another folder"
@@ -2620,7 +2639,6 @@ def start(
             aside = str(move_aside(plan.run_dir))
             record["replaces"] = [*earlier["replaces"], aside]
             log.info("the old run is kept as %s until this one has finished", aside)
-    refuse_hpc_checkpoint(plan.run_dir)
     what, fast = identity(plan), plan.fast
     new_features = what["features"] != record.get("identity", {}).get("features")
     record |= {
@@ -2713,12 +2731,14 @@ def train_in(
     plan: Plan, earlier: Mapping[str, Any] | None, how: str, args: argparse.Namespace
 ) -> None:
     """Copy the data if asked to, prepare the run directory, train, and keep the record."""
+    refuse_hpc_checkpoint(plan.run_dir, how)
     if plan.fast:
         make_copies(plan.fast, plan.data.columns)
     log.info("stock     %s", plan.stock_command())
     record = start(plan, earlier, how, args)
     log.info("training; what stock prints goes to %s", plan.run_dir / "train.log")
     state = Training(plan.run_dir, plan.stock["training"]["max_steps"])
+    state.first = state.step = record["starts"][-1]["from_step"]
     try:
         train(state, record["overrides"], plan.step_checkpoints)
     except BaseException as error:

@@ -4,8 +4,10 @@
     python tests/benchmarks/bench_validation.py --config my.toml --pert-features f.pt \
         --steps 400 --with "--batch-size 8 model.kwargs.cell_set_len=32"
 
-Without a TOML: on the simulated screen of `make demo`, State made small by configuration. Prints
-the lowest and the last validation loss of every run, and mean and standard deviation over seeds.
+Without a TOML: on the simulated screen of `make demo`, State made small by configuration. Prints of
+every run the lowest and the last validation loss that it saw itself, and that of its last weights
+with the sets and controls that stock draws (the same for both), then mean and standard deviation
+over seeds.
 """
 
 from __future__ import annotations
@@ -52,6 +54,29 @@ def validation_losses(words: list[str], name: str, folder: Path, cwd: Path) -> l
         return [float(row["val_loss"]) for row in csv.DictReader(f) if row["val_loss"]]
 
 
+def loss_on_stock_draws(run_dir: Path, stock_run: Path, cwd: Path) -> float:
+    """Validation loss of the last weights, on the data module of the stock run."""
+    code = """
+import sys, logging, warnings
+import lightning.pytorch as pl
+from cell_load.data_modules import PerturbationDataModule
+from state.tx.models.state_transition import StateTransitionPerturbationModel as State
+logging.disable(logging.CRITICAL); warnings.simplefilter("ignore")
+pl.seed_everything(0)
+module = PerturbationDataModule.load_state(sys.argv[2])
+module.setup()
+trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+model = State.load_from_checkpoint(sys.argv[1], map_location="cpu")
+print(trainer.validate(model, datamodule=module, verbose=False)[0]["val_loss"])
+"""
+    paths = [str(run_dir / "checkpoints" / "final.ckpt"), str(stock_run / "data_module.torch")]
+    command = [sys.executable, "-c", code, *paths]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise SystemExit(done.stderr[-2000:])
+    return float(done.stdout.split()[-1])
+
+
 def main(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder, cwd = Path(temporary), Path.cwd()
@@ -61,22 +86,24 @@ def main(args: argparse.Namespace) -> None:
         else:
             words, cwd = demo(folder), folder
         words += ["--max-steps", str(args.steps), "--val-freq", str(max(1, args.steps // 10))]
-        found: dict[str, list[list[float]]] = {name: [] for name in LOADING}
+        columns = ("lowest", "last", "last, on stock's draws")
+        found: dict[str, list[tuple[float, ...]]] = {name: [] for name in LOADING}
         for seed in range(args.seeds):
             for name, flags in LOADING.items():  # in turn
                 losses = validation_losses(
                     [*words, "--seed", str(seed), *flags], f"{name}_{seed}", folder, cwd
                 )
-                found[name].append(losses)
-                print(f"{name:7} seed {seed}: lowest {min(losses):.4f}, last {losses[-1]:.4f}")
-                sys.stdout.flush()
-    for name, runs in found.items():
-        for what, values in (
-            ("lowest", [min(r) for r in runs]),
-            ("last", [r[-1] for r in runs]),
-        ):
+                runs = folder / "runs"
+                same = loss_on_stock_draws(runs / f"{name}_{seed}", runs / f"stock_{seed}", cwd)
+                found[name].append((min(losses), losses[-1], same))
+                said = ", ".join(
+                    f"{c} {v:.4f}" for c, v in zip(columns, found[name][-1], strict=True)
+                )
+                print(f"{name:7} seed {seed}: {said}", flush=True)
+    for name, results in found.items():
+        for column, values in zip(columns, zip(*results, strict=True), strict=True):
             deviation = statistics.stdev(values) if len(values) > 1 else float("nan")
-            print(f"{name:7} {what:6} {statistics.mean(values):.4f} +- {deviation:.4f}")
+            print(f"{name:7} {column:22} {statistics.mean(values):.4f} +- {deviation:.4f}")
 
 
 if __name__ == "__main__":
