@@ -1724,6 +1724,7 @@ def prepare_resume(plan: Plan) -> int:
                 "old run until the new one has finished"
             )
         log.info("no checkpoint in %s yet: training starts at step 0", plan.run_dir)
+        keep_progress(plan.run_dir / "progress.csv", 0)
         return 0
     step = steps[best]
     goal = plan.stock["training"]["max_steps"]
@@ -2246,18 +2247,20 @@ def refuse_changed_files(plan: Plan) -> None:
 
 @contextlib.contextmanager
 def loaders_end_with_us() -> Iterator[None]:
-    """Loader processes are killed with this one: after kill -9 they would wait, and hold their
-    gigabytes, for ever. Linux only."""
+    """Loader processes leave signals to this one, and are killed with it (on Linux): after kill -9
+    they would wait for ever, and hold their gigabytes."""
     parent = os.getpid()
     active = [True]
 
     def in_child() -> None:
         if active and os.getppid() == parent:
-            libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            for number in STOP_SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
+            if sys.platform == "linux":
+                libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        os.register_at_fork(after_in_child=in_child)  # cannot be taken back, hence `active`
+    libc = ctypes.CDLL(None)
+    os.register_at_fork(after_in_child=in_child)  # cannot be taken back, hence `active`
     try:
         yield
     finally:
