@@ -1018,7 +1018,15 @@ def read_torch(
             f"{path} was refused without running it: it is no file of torch.save, or it holds "
             f"pickled Python objects beside tensors, and loading those can execute code. {advice}"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, UnicodeDecodeError) as error:
+    except (
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        TypeError,
+    ) as error:
         raise InputError(
             f"{path} cannot be read as a file of torch.save: damaged or cut short ({_line(error)})"
         ) from error

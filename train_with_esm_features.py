@@ -66,7 +66,7 @@ import threading
 import time
 import uuid
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,6 +93,7 @@ from create_esm_pert_features import (
     log,
     manifest_path,
     obs_columns,
+    on_signals,
     one_error,
     open_h5ad,
     read_categories,
@@ -867,7 +868,8 @@ def check_consecutive(data: Data, stock: Mapping[str, Any], found: Findings) -> 
     length = set_length(stock)
     short = []
     for f, i in cell_types_read(data.experiment, data.files):
-        controls = f.cells[i, f.labels.index(data.columns.control)]
+        control = data.columns.control
+        controls = f.cells[i, f.labels.index(control)] if control in f.labels else 0
         if 0 < controls < length:  # none at all is a problem already
             short.append(f"{f.cell_types[i]} {controls:,}")
     if short:
@@ -927,6 +929,8 @@ def plan_fast_loading(
             target = folder / f"{f.path.stem}-{layout}-{key}" / f.path.name
             copies[f.path] = FastCopy(f.path.absolute(), target, size, made_of)
     fast = FastLoading(layout, folder, copies)
+    with found.collect():
+        fast_paths(fast, data)
     needed = sum(copy.size for copy in fast.missing())
     free = shutil.disk_usage(existing_parent(folder)).free
     if needed > free:
@@ -946,8 +950,6 @@ def _copy_bytes(node: h5py.Group | h5py.Dataset, layout: str) -> int:
 
 def make_copies(fast: FastLoading, columns: Columns) -> None:
     """Write the copies that are missing; another process at the same file is waited for."""
-    from filelock import FileLock, Timeout
-
     missing = fast.missing()
     if not missing:
         return
@@ -957,28 +959,48 @@ def make_copies(fast: FastLoading, columns: Columns) -> None:
         *(count(len(missing), "file"), fast.layout, total / 1e9, fast.folder),
     )
     start, bar = time.monotonic(), Bar(total, "rewriting", "B", scale=True)
+    asked: list[int] = []
+
+    def advance(n: int) -> None:
+        bar.add(n)
+        if asked:
+            raise Stopped(asked[0])
+
+    # noted and obeyed between writes: HDF5's call-backs swallow what is raised in them
+    with on_signals(lambda signum, frame: asked.append(signum), STOP_SIGNALS):
+        _write_missing(missing, fast.layout, columns, advance)
+    bar.close()
+    log.info("rewrote %s in %.0f s", count(len(missing), "file"), time.monotonic() - start)
+
+
+def _write_missing(
+    missing: Sequence[FastCopy], layout: str, columns: Columns, advance: Callable[[int], None]
+) -> None:
+    from filelock import FileLock, Timeout
+
     for copy in missing:
         folder = copy.target.parent
         _say_older_copies(copy)
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(folder.parent / f".{folder.name}.lock")
-            try:
-                held = lock.acquire(timeout=0)
-            except Timeout:
-                log.info("another process is rewriting %s: waiting for it", copy.source)
-                held = lock.acquire()
+            lock, held, said = FileLock(folder.parent / f".{folder.name}.lock"), None, False
+            while held is None:
+                try:
+                    held = lock.acquire(timeout=1 if said else 0)
+                except Timeout:
+                    if not said:
+                        log.info("another process is rewriting %s: waiting for it", copy.source)
+                    said = True
+                    advance(0)
             with held:
                 if not copy.target.exists():
-                    write_copy(copy, fast.layout, columns, bar)
+                    write_copy(copy, layout, columns, advance)
         except (OSError, RuntimeError) as error:  # HDF5 reports a full disk as either
             reason = str(error).splitlines()[0]
             raise InputError(
                 f"cannot write {copy.target}: {reason}; no half of it is kept. Free some space "
                 "there, or choose another --data-cache"
             ) from error
-    bar.close()
-    log.info("rewrote %s in %.0f s", count(len(missing), "file"), time.monotonic() - start)
 
 
 def _say_older_copies(copy: FastCopy) -> None:
@@ -997,7 +1019,9 @@ def _say_older_copies(copy: FastCopy) -> None:
         )
 
 
-def write_copy(copy: FastCopy, layout: str, columns: Columns, bar: Bar) -> None:
+def write_copy(
+    copy: FastCopy, layout: str, columns: Columns, advance: Callable[[int], None]
+) -> None:
     """Write one copy: all that cell-load reads of the file, and nothing else; whole or not at all.
 
     Memory is bounded by `BLOCK`, whatever the size of the file: rows are read in the order of the
@@ -1020,11 +1044,12 @@ def write_copy(copy: FastCopy, layout: str, columns: Columns, bar: Bar) -> None:
             source.copy("var", target)
             for name in {"log1p", "hvg_names"} & set(source.get("uns", ())):
                 source.copy(f"uns/{name}", target.require_group("uns"))
+                target["uns"].attrs.update({"encoding-type": "dict", "encoding-version": "0.1.0"})
             for name in sorted({"X", "obsm/X_hvg", *copy.made_of["matrices"]}):
                 if not is_matrix(source.get(name)):
                     continue
                 if name in copy.made_of["matrices"]:
-                    copy_matrix(source[name], target, name, np.argsort(order), layout, bar)
+                    copy_matrix(source[name], target, name, np.argsort(order), layout, advance)
                 else:  # only its shape is read; whoever reads more gets NaN, not zeros
                     shape = matrix_shape(source[name])
                     declared = target.create_dataset(name, shape, np.float32, fillvalue=np.nan)
@@ -1079,7 +1104,7 @@ def copy_matrix(
     name: str,
     place: np.ndarray,
     layout: str,
-    bar: Bar,
+    advance: Callable[[int], None],
 ) -> None:
     """Copy a matrix as float32, uncompressed and in one piece, source row i to row place[i].
 
@@ -1104,7 +1129,7 @@ def copy_matrix(
         out.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
     for first, block in row_blocks(source, max_rows=rows if csr else max(1, BLOCK // width)):
         places = place[first : first + block.shape[0]]
-        if csr:
+        if csr or (is_sparse(source) and name != "X"):
             require_unique(block, source)
         by_place = np.argsort(places)
         places, block = places[by_place], block[by_place]
@@ -1118,7 +1143,7 @@ def copy_matrix(
                 data[here], indices[here] = block.data[there], block.indices[there]
             else:
                 out[places[a] : places[a] + b - a] = block[a:b]
-        bar.add(8 * block.nnz if csr else block.nbytes)
+        advance(8 * block.nnz if csr else block.nbytes)
 
 
 def row_blocks(node: h5py.Group | h5py.Dataset, max_rows: int) -> Iterator[tuple[int, Any]]:
@@ -1148,7 +1173,8 @@ def row_blocks(node: h5py.Group | h5py.Dataset, max_rows: int) -> Iterator[tuple
 
 
 def require_unique(block: Any, source: h5py.Group) -> None:
-    """Two values of one gene in one cell: stock adds them, but its consecutive loading does not."""
+    """Two values of one gene in one cell: stock adds them in X, but not when it loads in a row, nor
+    in obsm."""
     tidy = block if block.has_canonical_format else block.copy()
     tidy.sum_duplicates()
     if tidy.nnz != block.nnz:
@@ -1164,15 +1190,15 @@ def fast_paths(fast: FastLoading, data: Data) -> dict[str, str]:
 
     found = {}
     for name in dict.fromkeys(f.dataset for f in data.files):
-        paths = [fast.path_of(f.path) for f in data.files if f.dataset == name]
-        escaped = [glob.escape(str(p)) for p in paths]
-        plain = len(paths) == 1 and escaped[0] == str(paths[0])
-        found[name] = str(paths[0]) if plain else "{" + ",".join(escaped) + "}"
-        if [str(p) for p in dataset_files(found[name])] != [str(p) for p in paths]:
+        paths = [str(fast.path_of(f.path)) for f in data.files if f.dataset == name]
+        if any(c in path for path in paths for c in ("{}," if len(paths) > 1 else "{}")):
             raise InputError(
-                f"cell-load cannot be given the path {some(map(str, paths))}: it takes braces and "
+                f"cell-load cannot be given the path {some(paths)}: it takes braces and "
                 "commas in it for a pattern. Choose a --data-cache and file names without them"
             )
+        escaped = [glob.escape(p) for p in paths]
+        plain = escaped == paths and len(paths) == 1
+        found[name] = paths[0] if plain else "{" + ",".join(escaped) + "}"
     return found
 
 
@@ -1638,6 +1664,7 @@ def toml_of_run(plan: Plan) -> str:
         datasets = absolute_paths(experiment)
     else:
         datasets = {**experiment.datasets, **fast_paths(plan.fast, plan.data)}
+    if plan.fast and plan.fast.copies:
         said += f", on the copies that --fast-loading {plan.fast.layout} made of:"
         said = "\n#   ".join([said, *(str(c.source) for c in plan.fast.copies.values())])
     content = {
@@ -1684,8 +1711,8 @@ def intact(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except (zipfile.BadZipFile, OSError, EOFError) as error:
-        damaged = str(error)
+    except Exception as error:  # damaged headers raise anything
+        damaged = f"{type(error).__name__}: {error}"
     if damaged:
         warn(f"damaged checkpoint: {path} does not hold what was written ({damaged})")
     return damaged is None
@@ -1705,7 +1732,7 @@ def same_file(source: Path, target: Path) -> None:
 def prepare_resume(plan: Plan) -> int:
     """Put the most advanced good checkpoint where stock resumes from; returns its step (0: none).
 
-    Stock resumes from last.ckpt, and writes final.ckpt only if there is none.
+    Stock resumes from last.ckpt.
 
     Raises
     ------
@@ -1735,7 +1762,6 @@ def prepare_resume(plan: Plan) -> int:
     last = best.with_name("last.ckpt")
     if best != last and steps.get(last) != step:
         same_file(best, last)
-    best.with_name("final.ckpt").unlink(missing_ok=True)
     metrics = plan.run_dir / "version_0" / "metrics.csv"
     if metrics.exists():  # Lightning's logger starts the file anew
         metrics.replace(metrics.with_name(f"metrics-until-step-{step}.csv"))
@@ -2096,7 +2122,8 @@ def require_finite(state: Training, trainer: Any, what: str, value: float) -> No
         state.together = True
         raise InputError(
             f"the {what} became {value} at step {state.step:,}; {state.good_checkpoint()}. Nothing "
-            "was saved since. Look for NaN or huge values in the data, or try a smaller training.lr"
+            "was saved since. Look for NaN or huge values in the data, or train anew with a "
+            "smaller training.lr"
         )
 
 
@@ -2114,8 +2141,8 @@ def on_save_checkpoint(
         state.together = True
         raise InputError(
             f"weights became NaN or infinite at step {state.step:,} ({some(bad)}); "
-            f"{state.good_checkpoint()}. Look for huge values in the data, or try a smaller "
-            "training.lr"
+            f"{state.good_checkpoint()}. Look for huge values in the data, or train anew with a "
+            "smaller training.lr"
         )
 
 
@@ -2643,7 +2670,8 @@ def start(
             record["replaces"] = [*earlier["replaces"], aside]
             log.info("the old run is kept as %s until this one has finished", aside)
     what, fast = identity(plan), plan.fast
-    new_features = what["features"] != record.get("identity", {}).get("features")
+    own = plan.own_features
+    new_features = not own.exists() or sha256_of(own) != what["features"]["sha256"]
     record |= {
         "status": "training",
         "stock_command": plan.stock_command(),
@@ -2676,7 +2704,7 @@ def start(
     ]
     # run.json first: a run cut off here can be resumed; the other ranks wait for "training"
     write_json(plan.run_dir / "run.json", record | {"status": "preparing"})
-    write_inputs(plan, features_too=new_features or not plan.own_toml.exists())
+    write_inputs(plan, features_too=new_features)
     write_json(plan.run_dir / "run.json", record)
     return record
 
@@ -2747,7 +2775,10 @@ def train_in(
     except BaseException as error:
         record["status"] = "stopped" if isinstance(error, Stopped) else "failed"
         with contextlib.suppress(InputError):  # of a full disk: the first error is the one to see
-            close_record(plan.run_dir, record, state)
+            if earlier is not None and how == "resume" and not state.started:
+                write_json(plan.run_dir / "run.json", earlier)  # it is still the run that it was
+            else:
+                close_record(plan.run_dir, record, state)
         raise
     finish(plan, record, state)
 
