@@ -1657,8 +1657,6 @@ def absolute_paths(experiment: ExperimentConfig) -> dict[str, str]:
 
 def toml_of_run(plan: Plan) -> str:
     """The TOML as the run uses it: absolute paths, or those of the copies for fast loading."""
-    import toml
-
     experiment, said = plan.data.experiment, f"# {plan.toml.absolute()} as used here"
     if plan.fast is None:
         datasets = absolute_paths(experiment)
@@ -1667,13 +1665,20 @@ def toml_of_run(plan: Plan) -> str:
     if plan.fast and plan.fast.copies:
         said += f", on the copies that --fast-loading {plan.fast.layout} made of:"
         said = "\n#   ".join([said, *(str(c.source) for c in plan.fast.copies.values())])
+    return f"{said}\n{toml_text(experiment, datasets)}"
+
+
+def toml_text(experiment: ExperimentConfig, datasets: Mapping[str, str]) -> str:
+    """The experiment as a cell-load TOML, with these paths."""
+    import toml
+
     content = {
-        "datasets": datasets,
+        "datasets": dict(datasets),
         "training": experiment.training,
         "zeroshot": experiment.zeroshot,
         "fewshot": experiment.fewshot,
     }
-    return f"{said}\n{toml.dumps(content)}"
+    return toml.dumps(content)
 
 
 def write_inputs(plan: Plan, features_too: bool) -> None:
@@ -2046,12 +2051,14 @@ def take_signals(state: Training, trainer: Any, *_: Any) -> None:
     """
     if threading.current_thread() is not threading.main_thread():
         return
+    # not while this process itself reads: HDF5's call-backs swallow what is raised in them
+    waits_for_others = trainer.datamodule.num_workers > 0 and trainer.world_size == 1
 
     def stop(signum: int, frame: object) -> None:
         if state.stop is not None:
             raise Stopped(signum)  # asked twice: at once, without saving
         state.stop = signum
-        if state.fetching is not None and trainer.world_size == 1:
+        if state.fetching is not None and waits_for_others:
             state.sound = True
             raise Stopped(signum)
         log.info("%s: stopping after this step", Stopped(signum))
@@ -2071,6 +2078,7 @@ def on_train_start(state: Training, trainer: Any, module: Any) -> None:
 
 def on_train_batch_start(state: Training, trainer: Any, *_: Any) -> None:
     """A loader process that ends is noticed at the next wait, not by an error within a step."""
+    state.sound = False
     if state.step == state.first and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
@@ -2369,6 +2377,9 @@ def train(state: Training, overrides: Sequence[str], step_checkpoints: int | Non
         finally:
             if state.bar:
                 state.bar.close()
+    if rank() == 0:
+        # `state tx predict` takes last.ckpt, `state tx infer` final.ckpt; both are the last step's
+        same_file(state.last_checkpoint.with_name("final.ckpt"), state.last_checkpoint)
 
 
 def in_plain_words(error: Exception, state: Training) -> Exception:
@@ -2623,8 +2634,6 @@ def workers(text: str) -> int | str:
 
 def finish(plan: Plan, record: dict[str, Any], state: Training) -> None:
     """Close the record of a finished run, delete what it replaced, say what is next."""
-    # `state tx predict` takes last.ckpt, `state tx infer` final.ckpt; both are the last step's
-    same_file(state.last_checkpoint.with_name("final.ckpt"), state.last_checkpoint)
     record["status"] = "finished"
     replaced, record["replaces"] = record["replaces"], []
     close_record(plan.run_dir, record, state)

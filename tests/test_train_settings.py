@@ -564,7 +564,7 @@ def untrained(
 ) -> Train:
     """Run main([...]) where so many loader workers fit; all but the training itself is done."""
     monkeypatch.setenv("PYTHONHASHSEED", "0")
-    monkeypatch.setattr(script, "train", lambda plan, outcome: None)
+    monkeypatch.setattr(script, "train", lambda state, overrides, step_checkpoints: None)
 
     def run(fitting: int, *arguments: object) -> Result:
         monkeypatch.setattr(script, "choose_workers", lambda stock, data: fitting)
@@ -696,7 +696,9 @@ def test_toml_of_a_run_names_the_same_files_from_any_folder(
         for name, path in experiment.datasets.items()
     }
     assert [len(files) for files in expected.values()] == [1, 2, 2, 1, 1]
-    (ready / "copy.toml").write_text(script.absolute_toml(experiment))
+    (ready / "copy.toml").write_text(
+        script.toml_text(experiment, script.absolute_paths(experiment))
+    )
     (ready / "far").mkdir()
     monkeypatch.chdir(ready / "far")
     copy = script.load_experiment(ready / "copy.toml")
