@@ -1465,11 +1465,8 @@ def make_plan(
     every = "ckpt_every_n_steps"  # has a default that stock ignores: only an explicit one counts
     interval = int(stock["training"][every]) if f"training.{every}" in asked else None
     data = features = fast = None
-    layout = (
-        args.fast_loading or (earlier or {}).get("fast_loading")
-        if args.resume
-        else args.fast_loading
-    )
+    kept = (earlier or {}) if args.resume else {}
+    layout = args.fast_loading or kept.get("fast_loading")
     with found.collect():
         data = inspect_data(args.config, asked, stock["data"]["kwargs"], found)
     with found.collect():
@@ -1484,8 +1481,8 @@ def make_plan(
         settings.setdefault(WORKERS, choose_workers(stock, data))
         reserved = 0
         if layout:
-            before = (earlier or {}).get("data_cache") if args.resume else None
-            folder = Path(args.data_cache or before or run_dir.parent / "data_cache").absolute()
+            default = kept.get("data_cache") or run_dir.parent / "data_cache"
+            folder = Path(args.data_cache or default).absolute()
             fast = plan_fast_loading(layout, folder, data, stock, found)
             if existing_parent(folder).stat().st_dev == existing_parent(run_dir).stat().st_dev:
                 reserved = sum(copy.size for copy in fast.missing())
@@ -2037,9 +2034,8 @@ def set_up(state: Training, trainer: Any, module: Any, stage: str) -> None:
     trainer.profiler = LoaderClock()
     environment = trainer._accelerator_connector.cluster_environment
     if isinstance(environment, SLURMEnvironment):
-        environment.auto_requeue = (
-            False  # it would write hpc_ckpt_N.ckpt into the working directory
-        )
+        # it would write hpc_ckpt_N.ckpt into the working directory
+        environment.auto_requeue = False
 
 
 def take_signals(state: Training, trainer: Any, *_: Any) -> None:
