@@ -1027,9 +1027,28 @@ def read_torch(
         AttributeError,
         TypeError,
     ) as error:
+        if out_of_memory(error):
+            raise InputError(
+                f"out of memory: {path} has {path.stat().st_size:,} bytes; free memory, or use a "
+                "machine with more"
+            ) from error
         raise InputError(
             f"{path} cannot be read as a file of torch.save: damaged or cut short ({_line(error)})"
         ) from error
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether this is CUDA's, MPS's, the CPU allocator's, mmap's or oneDNN's lack of memory.
+
+    oneDNN has no words of its own for it: it "could not create a primitive".
+    """
+    return bool(
+        re.search(
+            "out of memory|can(no|')t allocate memory|could not create a primitive",
+            str(error),
+            re.IGNORECASE,
+        )
+    )
 
 
 def _line(error: BaseException) -> str:
@@ -1942,8 +1961,8 @@ def embed_genes(
                 vectors[sequence] = vector
                 cache.put(recipe.key(sequence), vector)
                 progress.add(sequence)
-        except RuntimeError as error:  # of CUDA, MPS and the CPU, in their words
-            if not re.search("out of memory|can't allocate memory", str(error)):
+        except RuntimeError as error:
+            if not out_of_memory(error):
                 raise
             raise InputError(
                 f"out of memory on {device.type}, where {args.esm_model} in {precision} and one "
