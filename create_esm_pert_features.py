@@ -64,6 +64,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -241,6 +242,7 @@ def exit_code(
         return error.code
     except (KeyboardInterrupt, Stopped) as error:
         stop = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
+        traceback.clear_frames(error.__traceback__)  # ends progress bars, also those of libraries
         print(f"stopped by {stop}", file=sys.stderr)
         return stop.code
 

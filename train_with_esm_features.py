@@ -1762,7 +1762,7 @@ def prepare_resume(plan: Plan) -> int:
             f"{plan.run_dir} is at step {step:,} already; --max-steps {goal:,} is less"
         )
     last = best.with_name("last.ckpt")
-    if best != last and steps.get(last) != step:
+    if best != last:  # of equal steps last.ckpt comes first
         same_file(best, last)
     metrics = plan.run_dir / "version_0" / "metrics.csv"
     if metrics.exists():  # Lightning's logger starts the file anew
@@ -1970,7 +1970,7 @@ class Training:
     together: bool = False
     bar: Bar | None = None
     since_row: list[float] = field(default_factory=list)
-    row_step: int = -1
+    row_step: int = 0
     row_moment: float = 0.0
     row_waited: float = 0.0
 
@@ -2065,7 +2065,7 @@ def take_signals(state: Training, trainer: Any, *_: Any) -> None:
 
 def on_train_start(state: Training, trainer: Any, module: Any) -> None:
     take_signals(state, trainer)
-    state.first = state.step = int(trainer.global_step)
+    state.first = state.step = state.row_step = int(trainer.global_step)
     state.started = state.row_moment = time.monotonic()
     state.waited = 0.0  # of the sanity check
     if trainer.is_global_zero:
@@ -2084,10 +2084,12 @@ def on_train_batch_end(
 ) -> None:
     """Look at the loss, note the progress, and stop if asked to."""
     state.step = int(trainer.global_step)
-    loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
-    loss = float("nan") if loss is None else float(loss)
-    require_finite(state, trainer, "training loss", loss)
-    note_progress(state, trainer, loss)
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+    if loss is not None:  # State's mean baselines have nothing to minimise
+        state.losses["train_loss"] = float(loss)
+        state.since_row.append(float(loss))
+        require_finite(state, trainer, "training loss", float(loss))
+    note_progress(state, trainer)
     if in_any_rank(trainer, state.stop is not None):
         state.sound = state.together = True
         raise Stopped(state.stop or signal.SIGTERM)
@@ -2104,7 +2106,7 @@ def on_validation_end(state: Training, trainer: Any, module: Any) -> None:
     if not trainer.sanity_checking and "val_loss" in trainer.callback_metrics:
         loss = state.losses["val_loss"] = float(trainer.callback_metrics["val_loss"])
         require_finite(state, trainer, "validation loss", loss)
-        note_progress(state, trainer)
+        note_progress(state, trainer, validated=True)
 
 
 def in_any_rank(trainer: Any, said: bool) -> bool:
@@ -2169,11 +2171,8 @@ def on_exception(state: Training, trainer: Any, module: Any, exception: BaseExce
 PROGRESS_COLUMNS = ("step", "seconds", "train_loss", "val_loss", "steps_per_second", "waiting")
 
 
-def note_progress(state: Training, trainer: Any, loss: float | None = None) -> None:
+def note_progress(state: Training, trainer: Any, validated: bool = False) -> None:
     """The bar, and now and then a row of progress.csv: means over the steps since the last row."""
-    if loss is not None:
-        state.losses["train_loss"] = loss
-        state.since_row.append(loss)
     if state.bar is None:
         return
     moment = time.monotonic()
@@ -2183,16 +2182,17 @@ def note_progress(state: Training, trainer: Any, loss: float | None = None) -> N
     notes.append(f"{state.waited / seconds:.0%} waiting for data")
     state.bar.add(state.step - state.bar.done, ", ".join(notes))
     every = max(1, state.max_steps // PROGRESS_ROWS)
+    steps = state.step - state.row_step
     due = state.step % every == 0 or state.step == state.max_steps
-    if loss is not None and not (due and state.step > state.row_step):
+    if not validated and not (due and steps):
         return
     span = max(moment - state.row_moment, 1e-9)
-    steps = len(state.since_row)
+    losses = state.since_row
     row = (
         state.step,
         f"{seconds:.3f}",
-        f"{sum(state.since_row) / steps:.6g}" if steps else "",
-        "" if loss is not None else f"{state.losses['val_loss']:.6g}",
+        f"{sum(losses) / len(losses):.6g}" if losses else "",
+        f"{state.losses['val_loss']:.6g}" if validated else "",
         f"{steps / span:.4g}" if steps else "",
         f"{(state.waited - state.row_waited) / span:.4f}" if steps else "",
     )
@@ -2246,7 +2246,7 @@ def draw_training(run_dir: Path) -> Path | None:
     if steps:
         above.plot(steps, losses, "o-", color="tab:orange", markersize=4, label="validation")
     every = [float(r[c]) for r in rows for c in ("train_loss", "val_loss") if r[c]]
-    if min(every) > 0 and max(every) > 20 * min(every):
+    if every and min(every) > 0 and max(every) > 20 * min(every):
         above.set_yscale("log")
     above.set_ylabel("loss")
     above.legend()
