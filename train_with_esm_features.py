@@ -2279,23 +2279,31 @@ def refuse_changed_files(plan: Plan) -> None:
 @contextlib.contextmanager
 def loaders_end_with_us() -> Iterator[None]:
     """Loader processes leave signals to this one, and are killed with it (on Linux): after kill -9
-    they would wait for ever, and hold their gigabytes."""
+    they would wait for ever, and hold their gigabytes.
+
+    The signals are blocked, as torch sets its own handler of SIGTERM in a loader process, which
+    ends it; so what is left of them after the training is killed here.
+    """
+    import multiprocessing
+
     parent = os.getpid()
     active = [True]
 
     def in_child() -> None:
         if active and os.getppid() == parent:
-            for number in STOP_SIGNALS:
-                signal.signal(number, signal.SIG_IGN)
+            signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
             if sys.platform == "linux":
                 libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
     libc = ctypes.CDLL(None)
+    before = multiprocessing.active_children()
     os.register_at_fork(after_in_child=in_child)  # cannot be taken back, hence `active`
     try:
         yield
     finally:
         active.clear()
+        for process in set(multiprocessing.active_children()) - set(before):
+            process.kill()
 
 
 def our_callbacks(state: Training, step_checkpoints: int | None) -> list[Any]:
