@@ -1,16 +1,19 @@
-# make demo | test | test-slow | check. Everything lives in .venv; needs Python 3.11 or 3.12 only.
+# make demo | evaluate | test | test-slow | check. Everything lives in .venv; needs Python 3.11 or 3.12 only.
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null \
 	&& echo $$p && break; done)
 BIN := .venv/bin
 
-.PHONY: demo demo-data test test-slow check clean
+.PHONY: demo demo-data evaluate test test-slow check clean
 
 demo: .venv/installed
 	$(BIN)/python tests/run_demo.py
 
 demo-data: .venv/installed
 	$(BIN)/python tests/demo_data.py demo
+
+evaluate: .venv/installed
+	$(BIN)/python tests/benchmarks/evaluate.py
 
 test: .venv/installed
 	$(BIN)/python -m pytest -m "not slow"

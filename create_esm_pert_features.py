@@ -37,7 +37,12 @@ from the protein's sequence, and writes one file that cell-load takes as
 Written, whole or not at all: FILE.pt (a dict {label: float32 vector}) and FILE.pt.json (the
 manifest: where every vector comes from). The path of FILE.pt is printed on stdout.
 
-Exit codes: 0 done, 1 bad data (nothing is written), 2 usage, 130/143 stopped by a signal.
+    python create_esm_pert_features.py --adata template.h5ad --into-run runs/my_config_state_sm
+
+adds the labels that a trained run does not know to it, by the rules of its own features.
+
+Exit codes: 0 done, 1 bad data (nothing is written), 2 usage, 75 the run is held by another
+process, 130/143 stopped by a signal.
 """
 
 from __future__ import annotations
@@ -45,6 +50,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import datetime
 import difflib
 import errno
 import glob
@@ -72,7 +78,7 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 if TYPE_CHECKING:
     import h5py
@@ -96,6 +102,9 @@ SPLITS = ("train", "val", "test")
 
 SECTIONS = ("datasets", "training", "zeroshot", "fewshot")
 """Sections of a TOML that cell-load reads; it ignores others."""
+
+OUR_SECTION = "features"
+"""A table of ours in a TOML: options of sources, symbols and policy."""
 
 ARC_REPOSITORY = "arcinstitute/SE-600M"
 ARC_FILE = "protein_embeddings.pt"
@@ -337,6 +346,67 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
+def now() -> str:
+    """This moment, to the second."""
+    return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+def lock_path(run_dir: Path) -> Path:
+    """Beside the run, which --overwrite moves."""
+    return run_dir.with_name(f".{run_dir.name}.lock")
+
+
+@contextlib.contextmanager
+def run_lock(
+    run_dir: Path, does: str = "training", seconds: float = 0, advice: str = "let it finish"
+) -> Iterator[None]:
+    """Hold the run; the system lets go of it when this process ends, however it ends.
+
+    Parameters
+    ----------
+    does
+        What for, as another process that wants the run is told.
+    seconds
+        How long to wait for it.
+    advice
+        What to do if it is held.
+
+    Raises
+    ------
+    Busy
+        Another process holds it.
+    """
+    from filelock import FileLock, Timeout
+
+    holder = {"pid": os.getpid(), "host": platform.node(), "since": now(), "does": does}
+
+    def sign(descriptor: int) -> None:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, as_json(holder), 0)
+
+    path = lock_path(run_dir)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        held = FileLock(path, on_acquired=sign).acquire(timeout=seconds)
+    except Timeout:
+        raise Busy(run_dir, read_json(path), advice) from None
+    with held:
+        yield
+
+
+class Busy(InputError):
+    """Another process holds the run: EX_TEMPFAIL of sysexits.h, try again later."""
+
+    code = 75
+
+    def __init__(self, run_dir: Path, holder: Mapping[str, Any] | None, advice: str) -> None:
+        who, does = "another process", "training"
+        if holder:
+            who = f"process {holder['pid']} on {holder['host']}, since {holder['since']},"
+            does = holder.get("does", does)
+        super().__init__(f"{who} is {does} {run_dir}; {advice}")
+
+
 def manifest_path(features: Path) -> Path:
     """FILE.pt -> FILE.pt.json."""
     return features.with_name(features.name + ".json")
@@ -397,8 +467,9 @@ def load_experiment(toml_path: Path) -> ExperimentConfig:
         # the toml package leaks these on some malformed input
         raise InputError(f"{toml_path} is not valid TOML: {error}") from error
     for section in sections:
-        meant = did_you_mean(section, SECTIONS)
-        if section not in SECTIONS and meant:  # cell-load would ignore it, and hold nothing out
+        known = (*SECTIONS, OUR_SECTION)
+        meant = did_you_mean(section, known)
+        if section not in known and meant:  # cell-load would ignore it, and hold nothing out
             raise InputError(f"{toml_path}: unknown section [{section}]{meant}")
     return experiment
 
@@ -735,18 +806,28 @@ def add_toml_labels(labels: Labels, toml_path: Path, pert_col: str | None) -> No
     files = list(dict.fromkeys(f for found in by_dataset.values() for f in found))
     if not files:
         raise InputError(f"{toml_path}: [training], [zeroshot] and [fewshot] name no dataset")
-    in_files: set[str] = set()
-    for path, found in labels_of_files(files, pert_col, labels.control).items():
-        labels.add(found, **data_file_origin(path))
-        in_files.update(found)
-    named = [x for s in experiment.fewshot.values() for split in s.values() for x in split]
-    labels.add(named, path=str(toml_path), kind="toml", sha256=sha256_of(toml_path))
-    labels.fewshot_only += sorted(set(named) - in_files)
+    in_files = labels_of_files(files, pert_col, labels.control)
+    add_labels_found(labels, in_files, experiment, toml_path)
     for label in labels.fewshot_only:
+        there = [x for found in in_files.values() for x in found]
         warn(
             f"[fewshot] names {label!r}, which no file holds: probably a typo"
-            f"{did_you_mean(label, in_files)}. cell-load holds nothing out for it"
+            f"{did_you_mean(label, there)}. cell-load holds nothing out for it"
         )
+
+
+def add_labels_found(
+    labels: Labels,
+    in_files: Mapping[Path, Sequence[str]],
+    experiment: ExperimentConfig,
+    toml_path: Path,
+) -> None:
+    """Add the labels of the files of a TOML, and those that its [fewshot] names."""
+    for path, found in in_files.items():
+        labels.add(found, **data_file_origin(path))
+    named = [x for s in experiment.fewshot.values() for split in s.values() for x in split]
+    labels.add(named, path=str(toml_path), kind="toml", sha256=sha256_of(toml_path))
+    labels.fewshot_only += sorted(set(named).difference(*in_files.values()))
 
 
 def read_gene_list(path: Path, pert_col: str | None) -> list[str]:
@@ -1829,6 +1910,13 @@ class Recipe:
         return hashlib.sha256(f"{json.dumps(asdict(self))}\n{sequence}".encode()).digest()
 
 
+def choose_recipe(checkpoint: Checkpoint, args: argparse.Namespace) -> Recipe:
+    """What the command line and the device make of a model."""
+    layer = checkpoint.layers if args.layer is None else args.layer
+    precision = choose_precision(args.precision, choose_device(args.device))
+    return Recipe(checkpoint.sha256, layer, "mean", args.long, precision)
+
+
 class Progress:
     """Proteins and residues done: a bar on a terminal, else a line now and then."""
 
@@ -1938,9 +2026,8 @@ def embed_genes(
     import torch
 
     device = choose_device(args.device)
-    layer = checkpoint.layers if args.layer is None else args.layer
-    precision = choose_precision(args.precision, device)
-    recipe = Recipe(checkpoint.sha256, layer, "mean", args.long, precision)
+    recipe = choose_recipe(checkpoint, args)
+    layer, precision = recipe.layer, recipe.precision
     proteins.recipe, proteins.width = recipe, checkpoint.width
     sequences = list(dict.fromkeys(p.sequence for gene in genes for p in proteins[gene]))
     long = sum(len(s) > WINDOW for s in sequences)
@@ -2673,24 +2760,33 @@ def build_manifest(
 
 
 def set_aside(path: Path, act: bool) -> None:
-    """Keep a file that this script did not write as FILE.orig (.orig.1, ... if that exists).
-
-    A hard link, or a copy where links do not work: there is no moment without the file.
-    A dry run (`act` false) only says so.
-    """
+    """Keep a file that this script did not write; a dry run (`act` false) only says so."""
     if not path.exists() or read_manifest(path) is not None:
         return
-    names = [path.name + ".orig", *(f"{path.name}.orig.{n}" for n in range(1, 1000))]
-    kept = next(p for p in map(path.with_name, names) if not p.exists())
-    if act:
-        try:
-            kept.hardlink_to(path)
-        except FileExistsError:
-            raise
-        except OSError:  # no hard links here (FAT, some network and Drive folders)
-            shutil.copy2(path, kept)
+    kept = keep(path) if act else place_to_keep(path)
     verb = "is kept" if act else "would be kept"
     log.warning("%s was not written by this script: it %s as %s", path, verb, kept)
+
+
+def place_to_keep(path: Path) -> Path:
+    """FILE.orig (.orig.1, ... if that exists)."""
+    names = [path.name + ".orig", *(f"{path.name}.orig.{n}" for n in range(1, 1000))]
+    return next(p for p in map(path.with_name, names) if not p.exists())
+
+
+def keep(path: Path) -> Path:
+    """Give a file that will be replaced a second name; returns it.
+
+    A hard link, or a copy where links do not work: there is no moment without the file.
+    """
+    kept = place_to_keep(path)
+    try:
+        kept.hardlink_to(path)
+    except FileExistsError:
+        raise
+    except OSError:  # no hard links here (FAT, some network and Drive folders)
+        shutil.copy2(path, kept)
+    return kept
 
 
 def write_features(
@@ -2725,6 +2821,14 @@ def identical(vectors: Mapping[str, torch.Tensor]) -> list[list[str]]:
     for label, vector in vectors.items():
         groups.setdefault(hashlib.sha256(vector.numpy().data).digest(), []).append(label)
     return [group for group in groups.values() if len(group) > 1]
+
+
+def warn_of_identical(vectors: Mapping[str, torch.Tensor]) -> None:
+    """Say which labels State cannot tell apart."""
+    same = identical(vectors)
+    if same:
+        listed = some((" = ".join(group) for group in same), 3)
+        warn(f"State cannot tell labels with the same vector apart: {listed}")
 
 
 def nearest(
@@ -2878,6 +2982,7 @@ def check_missing(
         also += f" {some(unclear, 3)}."
     if unclear:
         also += f" Choose: {'; '.join(list(unclear.values())[:3])}."
+    see_all = "see all with --report FILE.tsv --dry-run, " if getattr(args, "output", None) else ""
     reason = f": {missing[0].reason}" if len(missing) == 1 else ""
     kinds = missing_by_kind(resolutions)
     if not reason and "," in kinds:
@@ -2885,8 +2990,7 @@ def check_missing(
     raise InputError(
         f"{len(missing):,} of {count(total, 'label')} have no embedding ({names}){reason}.{also} "
         "Add a table that has them with --esm-embeddings, or their proteins with --fasta, rename "
-        "with --alias OLD=NEW, see all with --report FILE.tsv --dry-run, or accept with "
-        "--missing mean"
+        f"with --alias OLD=NEW, {see_all}or accept with --missing mean"
     )
 
 
@@ -3052,6 +3156,357 @@ def draw_cosines(axes: Axes, vectors: Mapping[str, torch.Tensor]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
+# New labels for a trained run
+# ---------------------------------------------------------------------------------------------
+
+WAIT_SECONDS = 60
+"""How long to wait for another process that adds labels to the same run."""
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """What a run directory of train_with_esm_features.py knows of its perturbations.
+
+    Attributes
+    ----------
+    map_path
+        What `state tx infer` looks labels up in; a label that it lacks is predicted with the
+        vector of the control.
+    features
+        The run's own features, from which stock writes the map anew when the run is resumed.
+    control, pert_col
+        As it was trained.
+    started_in
+        The working directory of its training.
+    """
+
+    folder: Path
+    control: str
+    pert_col: str
+    started_in: Path
+
+    def file(self, path: str) -> str:
+        """A file that its features were made of: seen from here, or from where it was started."""
+        there = self.started_in / path
+        return path if Path(path).exists() or not there.exists() else str(there)
+
+    @property
+    def map_path(self) -> Path:
+        return self.folder / "pert_onehot_map.pt"
+
+    @property
+    def features(self) -> Path:
+        return self.folder / "pert_features.pt"
+
+    def vectors(self, path: Path) -> dict[str, torch.Tensor]:
+        """{label: vector} of one of these files, in its order."""
+        existing_file(path, "file of the run")
+        content = read_torch(path)
+        if not (isinstance(content, dict) and content and all(map(is_tensor, content.values()))):
+            raise InputError(f"{path} is no dict of label -> tensor")
+        return content
+
+    def manifest(self) -> dict[str, Any]:
+        """Where its features come from.
+
+        Raises
+        ------
+        InputError
+            Nothing tells that, or they are no real features.
+        """
+        manifest = read_manifest(existing_file(self.features, "features of the run"))
+        if manifest is None:
+            raise InputError(
+                f"nothing tells which table or model the vectors of {self.features} come from: it "
+                "has no manifest of create_esm_pert_features.py. Train on a file that has one"
+            )
+        if manifest["ablation"]:
+            raise InputError(
+                f"{self.folder} was trained on an ablation ({manifest['ablation']['kind']}): a new "
+                "gene has no vector there. Add genes to a run on real features"
+            )
+        return manifest
+
+
+def is_tensor(value: object) -> bool:
+    """Whether it is a tensor."""
+    import torch
+
+    return torch.is_tensor(value)
+
+
+def open_run(folder: Path) -> TrainedRun:
+    """The run in a folder.
+
+    Raises
+    ------
+    InputError
+        There is none, or its training has not begun.
+    """
+    if not folder.is_dir():
+        raise InputError(f"--into-run {folder} is no folder (looked in {Path.cwd()})")
+    record = read_json(folder / "run.json") or {}
+    settings = record.get("identity", {}).get("settings", {})
+    control, column = (settings.get(f"data.kwargs.{key}") for key in ("control_pert", "pert_col"))
+    if not control or not column:
+        raise InputError(f"{folder} is no run of train_with_esm_features.py: it has no run.json")
+    started_in = Path(record["starts"][-1].get("folder", "."))
+    run = TrainedRun(folder.resolve(), str(control), str(column), started_in)
+    if not run.map_path.is_file():
+        raise InputError(f"{folder} has no {run.map_path.name}: its training has not begun")
+    return run
+
+
+def options_of_run(run_dir: Path, given: Sequence[str]) -> list[str]:
+    """The options by which the run's own features were made, as words, unless `given`.
+
+    Raises
+    ------
+    InputError
+        A file that they were made of is not there.
+    """
+    run = open_run(run_dir)
+    manifest = run.manifest()
+    options: dict[str, Any] = {
+        key: value for key, value in manifest["policy"].items() if value is not None
+    }
+    options |= {"esm-embeddings": [], "fasta": []}
+    files = []
+    for source in manifest["sources"]:
+        if source["kind"] == "table":
+            path = run.file(source["path"])
+            if source["sha256"] == ARC_SHA256 and not Path(path).exists():
+                path = str(arc_table_path(dry_run=False))
+            options["esm-embeddings"].append(path)
+            files.append(("--esm-embeddings", path))
+        else:
+            made = ("isoforms", "long", "layer", "precision")
+            options |= {"esm-model": source["model"], **{k: source.get(k) for k in made}}
+            paths = [run.file(f["path"]) for f in source["fasta"]]
+            options["fasta"] += paths
+            files += [("--fasta", path) for path in paths]
+            if Path(run.file(source["model"])).is_file():
+                options["esm-model"] = run.file(source["model"])
+    for names in manifest["symbols"]:
+        if "path" in names:
+            options["hgnc"] = run.file(names["path"])
+            files.append(("--hgnc", options["hgnc"]))
+    for option, path in files:
+        if not any(word.partition("=")[0] == option for word in given) and not Path(path).exists():
+            raise InputError(
+                f"the features of {run_dir} were made of {path}, which is not there (looked in "
+                f"{Path.cwd()}); say where it is with {option} FILE"
+            )
+    options = {k: list(dict.fromkeys(v)) if isinstance(v, list) else v for k, v in options.items()}
+    return option_words(options, given)
+
+
+def check_same_model(
+    resolved: Resolved, manifest: Mapping[str, Any], args: argparse.Namespace
+) -> None:
+    """Refuse vectors that are not of the kind that the run was trained on.
+
+    Raises
+    ------
+    InputError
+        Another width, table, model, or way of computing.
+    """
+    width = resolved.width(args)
+    if width != manifest["width"]:
+        raise InputError(
+            f"{args.into_run} was trained on vectors of {manifest['width']:,} values, these have "
+            f"{width or 0:,}; name the table or --esm-model that its features were made with"
+        )
+    kept = manifest["sources"]
+    tables = [s for s in kept if s["kind"] == "table"]
+    for table in resolved.tables:
+        sha256 = sha256_of(table.path)
+        if sha256 not in {t["sha256"] for t in tables}:
+            of = some(f"{t['path']}, sha256 {t['sha256'][:12]}..." for t in tables) or "no table"
+            raise InputError(
+                f"{table.path} (sha256 {sha256[:12]}...) is not what the features of "
+                f"{args.into_run} were made of ({of}): vectors of another model would mean "
+                "nothing to it. Give that file with --esm-embeddings"
+            )
+    if resolved.checkpoint is None:
+        return
+    recipe = asdict(choose_recipe(resolved.checkpoint, args))
+    recipes = [{k: s[k] for k in recipe} for s in kept if "weights_sha256" in s]
+    if recipes and recipe not in recipes:
+        changed = [f"{k} {recipes[0][k]} -> {v}" for k, v in recipe.items() if recipes[0][k] != v]
+        raise InputError(
+            f"the features of {args.into_run} were computed otherwise ({'; '.join(changed)}): "
+            "vectors of another model would mean nothing to it. Leave the options of the model out"
+        )
+    if not recipes:
+        warn(
+            f"nothing tells whether {tables[0]['path']} was computed with {args.esm_model}: the "
+            "new vectors are comparable only if it was"
+        )
+
+
+def check_template(run: TrainedRun, labels: Labels, args: argparse.Namespace) -> int:
+    """Which labels `state tx infer` would predict with the vector of the control today.
+
+    Raises
+    ------
+    InputError
+        There are some.
+    """
+    known = run.vectors(run.map_path)
+    wanted = [x for x in labels.names if x != run.control]
+    unknown = [x for x in wanted if x not in known]
+    zeros = [x for x in wanted if x in known and not known[x].any()]
+    total = count(len(wanted), "label")
+    problems = []
+    if unknown:
+        problems.append(
+            f"{len(unknown):,} of {total} not known to {args.into_run} ({some(unknown)}): state "
+            "tx infer would predict them as control. Add them: this command without --dry-run"
+        )
+    if zeros:
+        problems.append(
+            f"{len(zeros):,} of {total} with a zero vector in {args.into_run} ({some(zeros)}): "
+            "state tx infer predicts them as control. Train without --missing zero"
+        )
+    if problems:
+        raise one_error(problems)
+    log.info("all %s have vectors of their own in %s", total, args.into_run)
+    return 0
+
+
+def add_to_run(args: argparse.Namespace) -> int:
+    """Give a run the vectors of labels that it does not know, by the rules of its own features.
+
+    What is known stays bit for bit. The features of the run come first, then its map, so that a
+    run that was cut off in between is mended by the next call.
+    """
+    run = open_run(args.into_run)
+    if args.control_pert not in (DEFAULT_CONTROL, run.control):
+        raise InputError(f"--control-pert {args.control_pert}: the run's control is {run.control}")
+    args.control_pert = run.control
+    if args.pert_col is None and run.pert_col in columns_of_all(args.adata):
+        args.pert_col = run.pert_col
+    labels = collect_labels(args)
+    if args.dry_run:
+        return check_template(run, labels, args)
+    manifest = run.manifest()
+    known = set(run.vectors(run.features))
+    found, resolved = dict[str, Any](), None
+    new = [x for x in labels.names if x not in known]
+    if new:
+        labels.names = dict.fromkeys(new)
+        resolved = resolve_labels(labels, args)
+        assert resolved is not None  # only a dry run has no source
+        check_same_model(resolved, manifest, args)
+        found = new_vectors(resolved, run, manifest, args)
+        log.info("%s", summary(resolved.resolutions, labels, resolved.resolver, args, found))
+    with run_lock(run.folder, "adding labels to", WAIT_SECONDS):
+        added = write_into_run(run, found, resolved, args)
+    if added:
+        log.info("added     %s to %s: %s", count(len(added), "label"), args.into_run, some(added))
+    else:
+        log.info("up to date: %s knows all of these labels", args.into_run)
+    print(run.map_path)
+    return 0
+
+
+def columns_of_all(paths: Sequence[Path]) -> set[str]:
+    """obs columns that all of these files have."""
+    columns = []
+    for path in paths:
+        with open_h5ad(path) as file:
+            columns.append(set(obs_columns(file)))
+    return set.intersection(*columns) if columns else set()
+
+
+def new_vectors(
+    resolved: Resolved, run: TrainedRun, manifest: Mapping[str, Any], args: argparse.Namespace
+) -> dict[str, torch.Tensor]:
+    """{new label: vector}; the mean of --missing mean is over the run's genes and the new ones."""
+    there = run.vectors(run.features)
+    known = {
+        record["gene"]: there[label].float()
+        for label, record in manifest["labels"].items()
+        if "gene" in record
+    }
+    vectors = known | read_vectors(
+        resolved.used, resolved.resolver.sources, resolved.checkpoint, args
+    )
+    features = build_features(resolved.resolutions, vectors, manifest["width"], args)
+    return {label: vector for label, vector in features.items() if label != run.control}
+
+
+def write_into_run(
+    run: TrainedRun,
+    found: Mapping[str, torch.Tensor],
+    resolved: Resolved | None,
+    args: argparse.Namespace,
+) -> list[str]:
+    """Extend the run's features and its map by what they do not hold now; returns these labels."""
+    import torch
+
+    features, known = run.vectors(run.features), run.vectors(run.map_path)
+    new = {label: vector for label, vector in found.items() if label not in features}
+    features |= new
+    missing = {label: v for label, v in features.items() if label not in known}
+    if not missing:
+        return []
+    with staged(run.map_path, lambda f: torch.save({**known, **missing}, f)):
+        log.info("the map of before is kept as %s", keep(run.map_path))
+        if new and resolved:
+            before, described = run.manifest(), resolved.manifest(features, "", args)
+            write_features(
+                run.features,
+                features,
+                lambda sha256: extended_manifest(before, described, list(new), features, sha256),
+            )
+    return list(missing)
+
+
+def extended_manifest(
+    before: Mapping[str, Any],
+    described: Mapping[str, Any],
+    new: Sequence[str],
+    features: Mapping[str, torch.Tensor],
+    features_sha256: str,
+) -> dict[str, Any]:
+    """The manifest of a run's features with new labels: where these come from goes with them.
+
+    `trained_features_sha256` stays that of the file that the run was trained on.
+    """
+    sources = list(before["sources"])
+    sources += [s for s in described["sources"] if s not in sources]
+    place = [sources.index(s) for s in described["sources"]]
+
+    def moved(record: Mapping[str, Any]) -> dict[str, Any]:
+        parts = {"parts": list(map(moved, record["parts"]))} if "parts" in record else {}
+        source = {"source": place[record["source"]]} if "source" in record else {}
+        return {**record, **parts, **source}
+
+    labels = before["labels"] | {x: moved(described["labels"][x]) for x in new}
+    missing = before["missing"] | {x: r for x, r in described["missing"].items() if x in new}
+    filled = {x for x, r in labels.items() if x in missing or r["how"] == "control"}
+    own = {x: v for x, v in features.items() if x not in filled}
+    about = {k: described[k] for k in ("command", "versions", "inputs", "symbols", "policy")}
+    return {
+        **before,
+        "features_sha256": features_sha256,
+        "trained_features_sha256": trained_sha256(before),
+        "sources": sources,
+        "labels": labels,
+        "missing": missing,
+        "identical": identical(own),
+        "added": [*before.get("added", []), {**about, "labels": list(new)}],
+    }
+
+
+def trained_sha256(manifest: Mapping[str, Any]) -> str:
+    """sha256 of the features that a run was trained on, before labels were added to its own."""
+    return str(manifest.get("trained_features_sha256", manifest["features_sha256"]))
+
+
+# ---------------------------------------------------------------------------------------------
 # Command line
 # ---------------------------------------------------------------------------------------------
 
@@ -3139,23 +3594,16 @@ def add_sequence_options(parser: argparse.ArgumentParser) -> None:
     add("--no-cache", nargs=0, default=False, help="compute every protein, keep none")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="create_esm_pert_features.py",
-        description="Write the ESM2 protein embedding of every perturbation of a screen.",
-        epilog="Then: train_with_esm_features.py --config TOML --pert-features FILE.pt",
-        allow_abbrev=False,
-    )
+INTO_RUN_HELP = (
+    "instead of --output: add the labels that a trained run does not know to it, so that `state tx "
+    "infer` predicts them; with --dry-run: exit 1 if there are any"
+)
+
+
+def add_feature_options(parser: argparse.ArgumentParser) -> None:
+    """The options that decide the vector of a label: sources, symbols and policy."""
     file: dict[str, Any] = {"type": Path, "metavar": "FILE"}
     files: dict[str, Any] = {**file, "action": "append", "default": []}
-
-    add = parser.add_argument_group("labels (at least one)").add_argument
-    add("--from-toml", **file, help="labels of every file that cell-load would read for this TOML")
-    add("--gene-list", **files, help=f".txt, one a line, or .csv/.tsv with {GENE_LIST_HELP}")
-    add("--adata", **files, help="labels of one more .h5ad, e.g. a template; repeatable")
-    add("--all-genes", action="store_true", help="every gene of the source table")
-    add("--pert-col", metavar="COL", help=f"obs column (default: found: {PERT_COLUMNS_HELP})")
-    add("--control-pert", metavar="LABEL", default=DEFAULT_CONTROL, help="(default: %(default)s)")
 
     add = parser.add_argument_group("sources").add_argument
     add("--esm-embeddings", **files, help=f"table {{symbol: vector}}: {TABLE_HELP}")
@@ -3176,12 +3624,34 @@ def build_parser() -> argparse.ArgumentParser:
     add("--missing", choices=("error", "mean", "zero"), default="error", help=MISSING_HELP)
     add("--combine", choices=("sum", "mean"), default="sum", help="of 'A+B' (default: sum)")
 
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="create_esm_pert_features.py",
+        description="Write the ESM2 protein embedding of every perturbation of a screen.",
+        epilog="Then: train_with_esm_features.py --config TOML --pert-features FILE.pt",
+        allow_abbrev=False,
+    )
+    file: dict[str, Any] = {"type": Path, "metavar": "FILE"}
+    files: dict[str, Any] = {**file, "action": "append", "default": []}
+
+    add = parser.add_argument_group("labels (at least one)").add_argument
+    add("--from-toml", **file, help="labels of every file that cell-load would read for this TOML")
+    add("--gene-list", **files, help=f".txt, one a line, or .csv/.tsv with {GENE_LIST_HELP}")
+    add("--adata", **files, help="labels of one more .h5ad, e.g. a template; repeatable")
+    add("--all-genes", action="store_true", help="every gene of the source table")
+    add("--pert-col", metavar="COL", help=f"obs column (default: found: {PERT_COLUMNS_HELP})")
+    add("--control-pert", metavar="LABEL", default=DEFAULT_CONTROL, help="(default: %(default)s)")
+
+    add_feature_options(parser)
+
     add = parser.add_argument_group("ablation").add_argument
     add("--ablation", choices=("shuffle", "random", "onehot"), help=ABLATION_HELP)
     add("--seed", type=int, default=42, metavar="N", help="of the ablation (default: 42)")
 
     add = parser.add_argument_group("output").add_argument
     add("--output", **file, help="features to write; FILE.json beside it is its manifest")
+    add("--into-run", type=Path, metavar="DIR", help=INTO_RUN_HELP)
     add("--report", **file, help="tab-separated: how each label was resolved")
     add("--plot", **file, help="PNG: map of the vectors (UMAP), and their pairwise cosines")
     add("--dry-run", action="store_true", help="resolve, write no features, download nothing")
@@ -3220,15 +3690,65 @@ def check_outputs(args: argparse.Namespace) -> None:
             raise cannot_write(path, error) from error
 
 
-def run(args: argparse.Namespace) -> int:
-    """From labels to the features file, in the order of the data."""
-    check_outputs(args)
-    labels = collect_labels(args)
+@dataclass(frozen=True)
+class Resolved:
+    """Labels, and where the vector of each comes from; no vector is read or computed yet.
+
+    Attributes
+    ----------
+    used
+        Genes that are used of each source.
+    to_embed
+        Those of them that are computed.
+    checkpoint
+        The model that computes them; None if there is nothing to compute, or if a dry run would
+        have to download it.
+    """
+
+    labels: Labels
+    tables: list[Table]
+    resolver: Resolver
+    resolutions: list[Resolution]
+    used: list[list[str]]
+    to_embed: list[str]
+    checkpoint: Checkpoint | None
+
+    def width(self, args: argparse.Namespace) -> int | None:
+        """Length of the vectors, as far as it is known without computing one."""
+        if self.tables:
+            return self.tables[0].width
+        known = self.checkpoint.width if self.checkpoint else None
+        return known or ESM2_WIDTHS.get(args.esm_model)
+
+    def features(self, args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+        """({label: vector}, {gene: vector}), read, computed, ablated, combined."""
+        vectors = read_vectors(self.used, self.resolver.sources, self.checkpoint, args)
+        vectors = dict(ablate(vectors, args.ablation, args.seed))
+        width = len(next(iter(vectors.values())))
+        return build_features(self.resolutions, vectors, width, args), vectors
+
+    def manifest(
+        self, features: Mapping[str, torch.Tensor], features_sha256: str, args: argparse.Namespace
+    ) -> dict[str, Any]:
+        """What the manifest says of a file of these features."""
+        return build_manifest(
+            args, self.labels, self.resolver, self.resolutions, features, features_sha256
+        )
+
+
+def resolve_labels(labels: Labels, args: argparse.Namespace) -> Resolved | None:
+    """Open the sources and find the gene of every label; None if a dry run has no source.
+
+    Raises
+    ------
+    InputError
+        A source cannot be read, or labels are missing and --missing does not allow it.
+    """
     tables = open_tables(args)
     sources: list[Source] = [*tables, *([load_proteins(args)] if args.fasta else [])]
     if not sources:  # a dry run that would have to download
         log.info("%s to look up: %s", count(len(labels.names), "label"), some(labels.names))
-        return 0
+        return None
     if args.all_genes:
         genes = [g for source in sources for g in source.symbols if g != labels.control]
         labels.add(genes, path=some(str(source.path) for source in sources), kind="all-genes")
@@ -3247,52 +3767,159 @@ def run(args: argparse.Namespace) -> int:
         )
     to_embed = used[-1] if args.fasta else []
     checkpoint = find_checkpoint(to_embed, tables, args) if to_embed else None
-    if args.dry_run and to_embed:
-        log.info("%s", summary(resolutions, labels, resolver, args))
-        log.info("dry run: %s to compute, nothing written", count(len(to_embed), "gene"))
+    return Resolved(labels, tables, resolver, resolutions, used, to_embed, checkpoint)
+
+
+def run(args: argparse.Namespace) -> int:
+    """From labels to the features file, in the order of the data."""
+    check_outputs(args)
+    resolved = resolve_labels(collect_labels(args), args)
+    if resolved is None:
         return 0
-    vectors = ablate(read_vectors(used, sources, checkpoint, args), args.ablation, args.seed)
-    width = len(next(iter(vectors.values())))
-    features = build_features(resolutions, vectors, width, args)
+    labels, resolver, resolutions = resolved.labels, resolved.resolver, resolved.resolutions
+    if args.dry_run and resolved.to_embed:
+        log.info("%s", summary(resolutions, labels, resolver, args))
+        log.info("dry run: %s to compute, nothing written", count(len(resolved.to_embed), "gene"))
+        return 0
+    features, vectors = resolved.features(args)
+    own = with_vectors(resolutions, features)
     if args.report:
-        write_report(args.report, resolutions, sources, args, with_vectors(resolutions, features))
+        write_report(args.report, resolutions, resolver.sources, args, own)
     if args.plot:
-        draw(args.plot, resolutions, vectors, features, tables)
-    same = identical(with_vectors(resolutions, features))
-    if same:
-        listed = some((" = ".join(group) for group in same), 3)
-        warn(f"State cannot tell labels with the same vector apart: {listed}")
+        draw(args.plot, resolutions, vectors, features, resolved.tables)
+    warn_of_identical(own)
     log.info("%s", summary(resolutions, labels, resolver, args, features))
     if args.dry_run:
         set_aside(args.output, act=False)
         log.info("dry run: %s not written", args.output)
         return 0
-    write_features(
-        args.output,
-        features,
-        lambda sha256: build_manifest(args, labels, resolver, resolutions, features, sha256),
-    )
+    write_features(args.output, features, lambda sha256: resolved.manifest(features, sha256, args))
     print(args.output)
     return 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    args.command = list(sys.argv[1:] if argv is None else argv)
-    if not (args.from_toml or args.gene_list or args.adata or args.all_genes):
-        parser.error("no labels: give --from-toml, --gene-list, --adata or --all-genes")
-    if args.output is None:
-        parser.error("--output FILE is required")
+class NoUsageError(argparse.ArgumentParser):
+    """Reads options that stand in a file: what is wrong with them is an InputError."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message)
+
+
+def option_words(options: Mapping[str, Any], given: Sequence[str]) -> list[str]:
+    """{option: value} as words of a command line, without the options that are `given` there.
+
+    A list repeats its option, a mapping is a list of KEY=VALUE, and true an option alone.
+    """
+    there = {word.partition("=")[0] for word in given}
+    there |= {a for pair in CACHES for a in CACHES if pair in there}
+    words = []
+    for name, value in options.items():
+        option = "--" + name.replace("_", "-")
+        if option in there or value is None or value is False:
+            continue
+        if isinstance(value, Mapping):
+            value = [f"{old}={new}" for old, new in value.items()]
+        for item in value if isinstance(value, list) else [value]:
+            words.append(option if item is True else f"{option}={item}")
+    return words
+
+
+CACHES = ("--cache", "--no-cache")
+"""Of these two, one on the command line takes the place of either in a TOML."""
+
+
+def options_of_toml(toml_path: Path | None, given: Sequence[str]) -> list[str]:
+    """The options in the [features] table of a TOML, as words, without those that are `given`.
+
+    What is no TOML is left to `load_experiment`, which says so.
+
+    Raises
+    ------
+    InputError
+        An option that is none of sources, symbols and policy, or a wrong value.
+    """
+    import toml
+
+    try:
+        table = toml.loads(Path(toml_path or "").read_text(encoding="utf-8")).get(OUR_SECTION, {})
+    except Exception:  # the toml package leaks all kinds
+        return []
+    parser = NoUsageError(allow_abbrev=False, add_help=False)
+    add_feature_options(parser)
+    known = {o[2:] for action in parser._actions for o in action.option_strings}
+    for name in table if isinstance(table, Mapping) else ():
+        if name.replace("_", "-") not in known:
+            raise InputError(
+                f"{toml_path}: [features] has no option {name!r}"
+                f"{did_you_mean(name.replace('_', '-'), known)}; options: {some(sorted(known), 30)}"
+            )
+    try:
+        parser.parse_args(option_words(table, ()))
+    except InputError as error:
+        raise InputError(f"{toml_path}: [features] {error}") from error
+    return option_words(table, given)
+
+
+def say_options_of_toml(toml_path: Path, words: Sequence[str]) -> None:
+    """Options that stand in a file are said, as those on the command line can be seen."""
+    if words:
+        log.info("features  options of [features] in %s: %s", toml_path, shlex.join(words))
+
+
+def feature_words(args: argparse.Namespace) -> list[str]:
+    """The options of sources, symbols and policy that are not at their default, as words."""
+    parser = NoUsageError(allow_abbrev=False, add_help=False)
+    add_feature_options(parser)
+    options = {
+        name: getattr(args, name)
+        for name, default in vars(parser.parse_args([])).items()
+        if name != "of_fasta" and getattr(args, name) != default
+    }
+    if "alias" in options:
+        options["alias"] = dict(options["alias"])
+    if "label_regex" in options:
+        options["label_regex"] = options["label_regex"].pattern
+    return option_words(options, ())
+
+
+def check_usage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse combinations of options that mean nothing."""
     if not args.separator:
         parser.error("--separator is empty")
     if args.cache and args.no_cache:
         parser.error("--cache and --no-cache exclude each other")
     if args.of_fasta and not args.fasta:
         parser.error(f"{args.of_fasta} needs --fasta FILE")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    parser = build_parser()
+    words = list(sys.argv[1:] if argv is None else argv)
+    args = parser.parse_args(words)
+    if not (args.from_toml or args.gene_list or args.adata or args.all_genes):
+        parser.error("no labels: give --from-toml, --gene-list, --adata or --all-genes")
+    if args.output is None and args.into_run is None:
+        parser.error("--output FILE is required")
+    if args.into_run:
+        for name in ("output", "all_genes", "ablation", "report", "plot"):
+            if getattr(args, name):
+                parser.error(f"--{name.replace('_', '-')} does not go with --into-run")
     start_log(args.quiet)
-    return exit_code(lambda: run(args))
+
+    def step() -> int:
+        more = []
+        if args.into_run and not args.dry_run:
+            more = options_of_run(args.into_run, words)
+        in_toml = options_of_toml(args.from_toml, [*words, *more])
+        say_options_of_toml(args.from_toml, in_toml)
+        more += in_toml
+        whole = parser.parse_args([*more, *words])
+        whole.command = words
+        check_usage(parser, whole)
+        return add_to_run(whole) if whole.into_run else run(whole)
+
+    return exit_code(step)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,8 @@
     python create_esm_pert_features.py --from-toml my_config.toml --output ESM2_pert_features.pt
     python train_with_esm_features.py --config my_config.toml --pert-features ESM2_pert_features.pt
 
+Without --pert-features it makes the features itself, of exactly the labels of the TOML.
+
 Everything is checked first and all problems are listed together, before anything is written.
 Then the stock training function of the installed `state` package runs on its stock
 configuration: same data module, same model, same weights as `state tx train`.
@@ -37,7 +39,8 @@ Written: OUTPUT_DIR/NAME in the layout of `state tx train`, and beside that pert
 features it uses, with manifest), config.toml (with absolute paths), run.json (the record of the
 run) and train.log (what the stock training prints). The path is printed on stdout.
 
-Exit codes: 0 done or up to date, 1 bad data or failed run, 2 usage, 130/143 stopped by a signal.
+Exit codes: 0 done or up to date, 1 bad data or failed run, 2 usage, 75 another process holds the
+run, 130/143 stopped by a signal.
 """
 
 from __future__ import annotations
@@ -46,7 +49,6 @@ import argparse
 import contextlib
 import csv
 import ctypes
-import datetime
 import errno
 import functools
 import hashlib
@@ -62,6 +64,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -76,10 +79,15 @@ from create_esm_pert_features import (
     PERT_COLUMNS,
     PERT_COLUMNS_HELP,
     SPLITS,
+    Busy,
     InputError,
+    Labels,
     Stopped,
     __version__,
+    add_feature_options,
+    add_labels_found,
     as_json,
+    check_usage,
     count,
     data_file_origin,
     dataset_files,
@@ -87,24 +95,36 @@ from create_esm_pert_features import (
     existing_file,
     exit_code,
     experiment_problems,
+    feature_words,
     find_column,
     find_data_files,
     load_experiment,
+    lock_path,
     log,
     manifest_path,
+    now,
     obs_columns,
     on_signals,
     one_error,
     open_h5ad,
+    options_of_toml,
     read_categories,
     read_json,
     read_manifest,
     read_torch,
     require_control,
+    resolve_labels,
+    run_lock,
+    say_options_of_toml,
     sha256_of,
     some,
     start_log,
+    summary,
+    trained_sha256,
     warn,
+    warn_of_identical,
+    with_vectors,
+    write_features,
     write_json,
     write_whole,
 )
@@ -117,8 +137,13 @@ if TYPE_CHECKING:
 BATCH_COLUMNS = ("batch_var", "gem_group", "gemgroup", "batch", "donor", "plate", "lane")
 """obs columns of the experimental batch, as `state tx infer` looks for them."""
 
+OR_ANOTHER = "let it finish, or choose another --name"
+
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """Ctrl-C; what kill, cron and schedulers send; what SLURM's --signal=USR1 sends before the end."""
+
+OWN_FEATURES = "pert_features.pt"
+"""The features file in a run directory."""
 
 RUN_FORMAT = 1
 FAST_FORMAT = 1
@@ -554,6 +579,19 @@ def check_splits(
         both = set(held.get("val", ())) & set(held.get("test", ()))
         if both:
             found.warnings.append(f'[fewshot."{key}"] {some(sorted(both))}: both val and test')
+    held = {x for kept in experiment.fewshot.values() for labels in kept.values() for x in labels}
+    trained = sorted(held & set(splits["train"]))
+    if trained:
+        where = [
+            f"{f.dataset}.{cell_type}"
+            for f, cell_type, parts in parts_of_cell_types(experiment, files, control)
+            if not parts["train"].keys().isdisjoint(trained)
+        ]
+        found.warnings.append(
+            f"[fewshot] holds {some(trained)} out, but training sees "
+            f"{'it' if len(trained) == 1 else 'them'} in {some(dict.fromkeys(where))}: not unseen. "
+            "For genes that no training cell has, hold them out there too"
+        )
     if not splits["train"]:
         found.problems.append(
             'no perturbed cell to train on: name a dataset under [training], e.g. NAME = "train"'
@@ -670,11 +708,68 @@ def check_features(
     _check_labels(path, features, data.files if data else [], control, found)
     ablation = (manifest or {}).get("ablation")
     return {
-        "sha256": manifest["features_sha256"] if manifest else sha256_of(path),
+        "sha256": trained_sha256(manifest) if manifest else sha256_of(path),
         "width": next(iter(features.values())).shape[-1] if widths[0] else 0,
         "labels": len(features),
         "ablation": ablation,
     }
+
+
+def make_features(
+    args: argparse.Namespace,
+    data: Data,
+    place: Path,
+    earlier: Mapping[str, Any] | None,
+    found: Findings,
+) -> tuple[Path | None, dict[str, Any]]:
+    """Make the features of exactly the labels of the data, as create_esm_pert_features.py does.
+
+    Nothing is computed in a dry run, nor while there are problems.
+
+    Returns
+    -------
+    path
+        The file, or None if it was not made.
+    checked
+        As of `check_features`.
+
+    Raises
+    ------
+    InputError
+        As create_esm_pert_features.py has it: sources, symbols, missing labels.
+    """
+    labels = Labels(data.columns.control)
+    in_files = {f.path: f.labels for f in data.files}
+    add_labels_found(labels, in_files, data.experiment, args.config)
+    words = ["--from-toml", args.config, "--pert-col", data.columns.pert]
+    words += ["--control-pert", data.columns.control, *feature_words(args)]
+    asked = {
+        "all_genes": False,
+        "ablation": None,
+        "report": None,
+        "quiet": False,
+        "command": [str(w) for w in words],
+    }
+    wanted = argparse.Namespace(**{**vars(args), **asked})
+    resolved = resolve_labels(labels, wanted)
+    before = earlier["identity"]["features"]["sha256"] if earlier else None
+    unknown = {"sha256": before, "width": 0, "labels": len(labels.names), "ablation": None}
+    if resolved is None:
+        return None, unknown
+    resolver, resolutions = resolved.resolver, resolved.resolutions
+    if found.problems or (args.dry_run and resolved.to_embed):
+        log.info("%s", summary(resolutions, labels, resolver, wanted))
+        log.info("%s to compute before the training", count(len(resolved.to_embed), "gene"))
+        return None, {**unknown, "width": resolved.width(wanted) or 0}
+    features, _ = resolved.features(wanted)
+    warn_of_identical(with_vectors(resolutions, features))
+    log.info("%s", summary(resolutions, labels, resolver, wanted, features))
+    path = place / OWN_FEATURES
+    write_features(path, features, lambda sha256: resolved.manifest(features, sha256, wanted))
+    checked = Findings()  # its warnings were said in other words
+    about = check_features(path, read_manifest(path), data, checked)
+    found.problems += checked.problems
+    return path, about
 
 
 def read_features(path: Path) -> dict[str, Any]:
@@ -1214,7 +1309,9 @@ class Plan:
     Attributes
     ----------
     toml, features
-        As the user named them.
+        As the user named them; features that are made for the run are its own copy.
+    made
+        Where features that were made for the run are until then, or None.
     run_dir
         Absolute; the run's own copies of both lie in it.
     settings
@@ -1233,6 +1330,7 @@ class Plan:
 
     toml: Path
     features: Path
+    made: Path | None
     run_dir: Path
     settings: Mapping[str, Any]
     typed: Sequence[str]
@@ -1244,7 +1342,7 @@ class Plan:
 
     @property
     def own_features(self) -> Path:
-        return self.run_dir / "pert_features.pt"
+        return self.run_dir / OWN_FEATURES
 
     @property
     def own_toml(self) -> Path:
@@ -1442,15 +1540,18 @@ def make_plan(
     run_dir: Path,
     earlier: Mapping[str, Any] | None,
     manifest: Mapping[str, Any] | None,
+    place: Path,
 ) -> Plan:
-    """Check everything and decide everything; nothing is written.
+    """Check everything and decide everything; nothing is written but features into `place`.
 
     Parameters
     ----------
     earlier
         run.json of the run that is there already, of which `kept_choices` keeps some.
     manifest
-        Of the features file.
+        Of the features file that was named.
+    place
+        A folder for features to be made.
 
     Raises
     ------
@@ -1464,13 +1565,16 @@ def make_plan(
     require_numbers(stock["training"])
     every = "ckpt_every_n_steps"  # has a default that stock ignores: only an explicit one counts
     interval = int(stock["training"][every]) if f"training.{every}" in asked else None
-    data = features = fast = None
+    data = features = fast = made = None
     kept = (earlier or {}) if args.resume else {}
     layout = args.fast_loading or kept.get("fast_loading")
     with found.collect():
         data = inspect_data(args.config, asked, stock["data"]["kwargs"], found)
     with found.collect():
-        features = check_features(args.pert_features, manifest, data, found)
+        if args.pert_features:
+            features = check_features(args.pert_features, manifest, data, found)
+        elif data and data.files:
+            made, features = make_features(args, data, place, earlier, found)
     if data and data.files:
         settings |= {
             "data.kwargs.pert_col": data.columns.pert,
@@ -1493,10 +1597,11 @@ def make_plan(
     for message in found.warnings:
         warn(message)
     if found.problems or not data or not features:
-        raise one_error(found.problems)
+        raise one_error(list(dict.fromkeys(found.problems)))
     return Plan(
         toml=args.config,
-        features=args.pert_features,
+        features=args.pert_features or run_dir / OWN_FEATURES,
+        made=made,
         run_dir=run_dir,
         settings=settings,
         typed=typed,
@@ -1686,11 +1791,24 @@ def write_inputs(plan: Plan, features_too: bool) -> None:
             write_whole(target, lambda f: shutil.copyfileobj(content, f))
 
     if features_too:
-        copy(plan.features, plan.own_features)
-        if manifest_path(plan.features).is_file():
-            copy(manifest_path(plan.features), manifest_path(plan.own_features))
+        source = plan.made or plan.features
+        say_lost_labels(plan.own_features)
+        copy(source, plan.own_features)
+        if manifest_path(source).is_file():
+            copy(manifest_path(source), manifest_path(plan.own_features))
     text = toml_of_run(plan)
     write_whole(plan.own_toml, lambda f: f.write(text.encode()))
+
+
+def say_lost_labels(features: Path) -> None:
+    """Before features to which labels were added make way for others."""
+    added = (read_json(manifest_path(features)) or {}).get("added", [])
+    labels = [label for addition in added for label in addition["labels"]]
+    if labels:
+        warn(
+            f"{count(len(labels), 'label')} added with --into-run ({some(labels)}) will not be in "
+            "the new features: add them again after the training"
+        )
 
 
 def checkpoint_steps(run_dir: Path) -> dict[Path, int]:
@@ -1776,60 +1894,11 @@ def prepare_resume(plan: Plan) -> int:
     return step
 
 
-def lock_path(run_dir: Path) -> Path:
-    """Beside the run, which --overwrite moves."""
-    return run_dir.with_name(f".{run_dir.name}.lock")
-
-
-@contextlib.contextmanager
-def run_lock(run_dir: Path) -> Iterator[None]:
-    """Hold the run; the system lets go of it when this process ends, however it ends.
-
-    Raises
-    ------
-    Busy
-        Another process holds it.
-    """
-    from filelock import FileLock, Timeout
-
-    holder = {"pid": os.getpid(), "host": platform.node(), "since": now()}
-
-    def sign(descriptor: int) -> None:
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, as_json(holder), 0)
-
-    path = lock_path(run_dir)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        held = FileLock(path, on_acquired=sign).acquire(timeout=0)
-    except Timeout:
-        raise Busy(run_dir, read_json(path)) from None
-    with held:
-        yield
-
-
-class Busy(InputError):
-    """Another process holds the run: EX_TEMPFAIL of sysexits.h, try again later."""
-
-    code = 75
-
-    def __init__(self, run_dir: Path, holder: Mapping[str, Any] | None) -> None:
-        who = "another process"
-        if holder:
-            who = f"process {holder['pid']} on {holder['host']}, since {holder['since']},"
-        super().__init__(f"{who} is training {run_dir}; let it finish, or choose another --name")
-
-
 def refuse_if_held(run_dir: Path) -> None:
     """Say so at once, before the data is looked at."""
     if lock_path(run_dir).exists():
-        with run_lock(run_dir):
+        with run_lock(run_dir, advice=OR_ANOTHER):
             pass
-
-
-def now() -> str:
-    """This moment, to the second."""
-    return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2472,9 +2541,7 @@ def follow(run_dir: Path) -> int:
 def describe(plan: Plan) -> str:
     """The plan in a few lines."""
     files, features = plan.data.files, plan.pert_features
-    cells = {s: sum(labels.values()) for s, labels in plan.data.splits.items()}
     c = plan.data.columns
-    unseen = set(plan.data.splits["test"]) - set(plan.data.splits["train"])
     settings = plan.stock["training"]
     model = typed_settings(plan.typed).get("model", plan.settings["model"])
     rows = [
@@ -2492,17 +2559,33 @@ def describe(plan: Plan) -> str:
             "columns",
             f"perturbation {c.pert}, cell type {c.cell_type}, batch {c.batch}, control {c.control}",
         ),
-        *(
-            (s, f"{cells[s]:,} perturbed cells, {len(plan.data.splits[s]):,} perturbations")
-            for s in SPLITS
+        *split_table(plan.data.splits),
+        (
+            "features",
+            f"{plan.features} ({features['labels']:,} x {features['width'] or 'unknown'})",
         ),
-        ("unseen", f"{count(len(unseen), 'test perturbation')} in no training cell"),
-        ("features", f"{plan.features} ({features['labels']:,} x {features['width']:,})"),
         ("workers", plan.stock["data"]["kwargs"]["num_workers"]),
     ]
     if plan.fast:
         rows.append(("loading", describe_loading(plan.fast, len(files))))
     return "\n".join(f"{name:<9} {value}" for name, value in rows)
+
+
+def split_table(splits: Mapping[str, Mapping[str, int]]) -> list[tuple[str, str]]:
+    """Per split: perturbed cells, perturbations, and which of these training sees, or never does.
+
+    A perturbation of val or test is seen if it is trained anywhere, in another cell type say.
+    """
+    row = "{:>9}  {:>13}  {:>25}  {:>25}".format
+    rows = [("split", row("cells", "perturbations", "seen in training", "never in training"))]
+    for split, labels in splits.items():
+        counts = [f"{sum(labels.values()):,}", f"{len(labels):,}"]
+        for seen in (True, False):
+            group = [n for label, n in labels.items() if (label in splits["train"]) == seen]
+            text = f"{len(group):,} ({count(sum(group), 'cell')})" if labels else "0"
+            counts.append("" if split == "train" else text)
+        rows.append((split, row(*counts).rstrip()))
+    return rows
 
 
 def describe_loading(fast: FastLoading, files: int) -> str:
@@ -2555,15 +2638,17 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="train_with_esm_features.py",
         description="Train an unmodified State model on ESM2 perturbation features.",
-        epilog="What is not given stays as the installed state package has it.",
+        epilog="What is not given stays as the installed state package has it. Without "
+        "--pert-features the options of sources, sequences, symbols and policy decide the "
+        "features, as in create_esm_pert_features.py; [features] in the TOML may hold them.",
         allow_abbrev=False,
     )
-    file: dict[str, Any] = {"type": Path, "metavar": "FILE", "required": True}
+    file: dict[str, Any] = {"type": Path, "metavar": "FILE"}
     number: dict[str, Any] = {"type": positive, "metavar": "N"}
 
     add = parser.add_argument_group("data").add_argument
-    add("--config", **file, help="cell-load TOML; its paths count from the working directory")
-    add("--pert-features", **file, help="what create_esm_pert_features.py wrote")
+    add("--config", required=True, **file, help="cell-load TOML; paths from the working directory")
+    add("--pert-features", **file, help="what create_esm_pert_features.py wrote; without: made now")
     add("--pert-col", metavar="COL", help=f"obs column (default: found: {PERT_COLUMNS_HELP})")
     add("--control-pert", metavar="LABEL", help=f"(default: {DEFAULT_CONTROL})")
     add("--cell-type-key", metavar="COL", help="obs column (default: cell_type)")
@@ -2597,6 +2682,8 @@ def build_parser() -> argparse.ArgumentParser:
     either.add_argument("--overwrite", action="store_true", help="train anew under this name")
     add("--force", action="store_true", help="with --resume: even on other data, features or model")
     add("--dry-run", action="store_true", help="check, show the plan and the stock command")
+
+    add_feature_options(parser)
 
     add = parser.add_argument_group("Weights & Biases (off unless a project is given)").add_argument
     add("--wandb-project", metavar="P")
@@ -2679,12 +2766,14 @@ def start(
         step = 0
         record = {"format": RUN_FORMAT, "starts": [], "steps": 0, "replaces": []}
         if how == "overwrite" and earlier is not None:
+            say_lost_labels(plan.own_features)
             aside = str(move_aside(plan.run_dir))
             record["replaces"] = [*earlier["replaces"], aside]
             log.info("the old run is kept as %s until this one has finished", aside)
     what, fast = identity(plan), plan.fast
     own = plan.own_features
-    new_features = not own.exists() or sha256_of(own) != what["features"]["sha256"]
+    kept = read_manifest(own) if own.exists() else None  # labels may have been added to it
+    new_features = kept is None or trained_sha256(kept) != what["features"]["sha256"]
     record |= {
         "status": "training",
         "stock_command": plan.stock_command(),
@@ -2711,6 +2800,7 @@ def start(
         {
             "from_step": step,
             "at": now(),
+            "folder": str(Path.cwd()),
             "command": args.command,
             **({"note": fresh} if fresh else {}),
         },
@@ -2735,9 +2825,17 @@ def one_launch(plan: Plan, from_command_line: bool) -> None:
 
 
 def run(args: argparse.Namespace, from_command_line: bool) -> int:
-    """From the TOML to a trained model, in the order of the work."""
+    """From the TOML to a trained model."""
     unrepeatable = repeat_hash_seed(load_experiment(args.config), from_command_line)
     # only now: a fixed hash seed starts the script anew
+    with tempfile.TemporaryDirectory(prefix="esm-features-") as place:
+        return plan_and_train(args, unrepeatable, from_command_line, Path(place))
+
+
+def plan_and_train(
+    args: argparse.Namespace, unrepeatable: str | None, from_command_line: bool, place: Path
+) -> int:
+    """In the order of the work; features that have to be made lie in `place` until it begins."""
     model = typed_settings(args.overrides).get("model") or args.model or "state_sm"
     name = args.name or f"{args.config.stem}_{model}"
     run_dir = args.output_dir.absolute() / name
@@ -2745,12 +2843,14 @@ def run(args: argparse.Namespace, from_command_line: bool) -> int:
         return follow(run_dir)
     if not args.dry_run:
         refuse_if_held(run_dir)
-    manifest = read_manifest(args.pert_features) if args.pert_features.is_file() else None
+    earlier = earlier_run(run_dir)
+    args = choose_features(args, earlier, run_dir)
+    named = args.pert_features and args.pert_features.is_file()
+    manifest = read_manifest(args.pert_features) if named else None
     announce_ablation(manifest)
     if unrepeatable:
         warn(unrepeatable)
-    earlier = earlier_run(run_dir)
-    plan = make_plan(args, run_dir, earlier, manifest)
+    plan = make_plan(args, run_dir, earlier, manifest, place)
     log.info("%s", describe(plan))
     how = decide(plan, earlier, args)
     if args.dry_run:
@@ -2763,9 +2863,9 @@ def run(args: argparse.Namespace, from_command_line: bool) -> int:
         return 0
     one_launch(plan, from_command_line)
     refuse_changed_files(plan)
-    with run_lock(run_dir):
+    with run_lock(run_dir, advice=OR_ANOTHER):
         if earlier_run(run_dir) != earlier:
-            raise Busy(run_dir, None)
+            raise Busy(run_dir, None, OR_ANOTHER)
         train_in(plan, earlier, how, args)
     print(run_dir)
     return 0
@@ -2808,7 +2908,32 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         parser.error("--force goes with --resume")
     if args.data_cache and not args.fast_loading and not args.resume:
         parser.error("--data-cache goes with --fast-loading")
+    if args.pert_features and feature_words(args):
+        parser.error(f"--pert-features does not go with {feature_words(args)[0].split('=')[0]}")
     return args
+
+
+def choose_features(
+    args: argparse.Namespace, earlier: Mapping[str, Any] | None, run_dir: Path
+) -> argparse.Namespace:
+    """The options, once it is known whether features are named, kept, or to be made.
+
+    A run that is resumed keeps its own unless others are asked for; options to make them may
+    stand in the TOML.
+    """
+    if args.resume and earlier and not (args.pert_features or feature_words(args)):
+        args.pert_features = run_dir / OWN_FEATURES
+        return args
+    more = options_of_toml(args.config, args.command)
+    if args.pert_features:
+        if more:
+            log.info("features  [features] of %s is not used: --pert-features", args.config)
+        return args
+    say_options_of_toml(args.config, more)
+    whole = parse([*more, *args.command])
+    whole.command = args.command
+    check_usage(build_parser(), whole)
+    return whole
 
 
 def main(argv: Sequence[str] | None = None) -> int:

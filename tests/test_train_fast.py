@@ -114,7 +114,9 @@ def plan(folder: Path, words: tuple[str, ...]) -> Callable[..., script.Plan]:
     def of(*arguments: object) -> script.Plan:
         args = script.parse([*words, *TINY, *map(str, arguments)])
         manifest = script.read_manifest(args.pert_features)
-        return script.make_plan(args, args.output_dir.absolute() / args.name, None, manifest)
+        return script.make_plan(
+            args, args.output_dir.absolute() / args.name, None, manifest, Path()
+        )
 
     return of
 

@@ -76,11 +76,15 @@ def stock_configuration(done: Result) -> dict[str, Any]:
     return script.flat(OmegaConf.to_container(cfg, resolve=True))
 
 
+CELL_TYPES = ("simA", "simB")
+
+
 def two_datasets(folder: Path) -> None:
     (folder / "two.h5ad").write_bytes((folder / "screen.h5ad").read_bytes())
+    held = [f'[fewshot."{d}.{t}"]\nval = ["SIM003"]\n' for d in ("sim", "two") for t in CELL_TYPES]
     (folder / "config.toml").write_text(
         '[datasets]\nsim = "screen.h5ad"\ntwo = "two.h5ad"\n[training]\nsim = "train"\n'
-        'two = "train"\n[fewshot."sim.simA"]\nval = ["SIM003"]\n'
+        'two = "train"\n' + "".join(held)
     )
 
 
@@ -373,8 +377,7 @@ def test_required_files_are_required(
         script.main([])
     assert stop.value.code == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "train_with_esm_features.py: error: the following arguments are required: --config, "
-        "--pert-features"
+        "train_with_esm_features.py: error: the following arguments are required: --config"
     )
 
 
@@ -403,7 +406,7 @@ def test_printed_command_gives_the_configuration_of_the_plan(ready: Path) -> Non
 
     flags = ("--seed", "3", "--max-steps", "7", "--wandb-project", "p q", "--wandb-tags", "a,b c")
     args = script.build_parser().parse_intermixed_args([*FILES, *flags, "training.lr=0.5"])
-    plan = script.make_plan(args, ready / "elsewhere" / "my run", None, None)
+    plan = script.make_plan(args, ready / "elsewhere" / "my run", None, None, Path())
     words = shlex.split(plan.stock_command())
     theirs = OmegaConf.to_container(
         load_hydra_config("tx", words[words.index("train") + 1 :]), resolve=True

@@ -101,7 +101,7 @@ def write_copies(folder: Path, name: str, layout: str) -> float:
     words += ["--fast-loading", layout, "--data-cache", str(where)]
     args = script.parse(words)
     script.start_log(quiet=True)
-    plan = script.make_plan(args, folder / "run", None, None)
+    plan = script.make_plan(args, folder / "run", None, None, folder)
     assert plan.fast is not None
     start = time.perf_counter()
     script.make_copies(plan.fast, plan.data.columns)

@@ -1,0 +1,566 @@
+"""Labels added to a trained run: stock predicts them with their own vectors; all else stays."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import anndata
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SMALL, Result, run_script
+from demo_data import simulate, template, vectors
+from random_esm2 import write_checkpoint
+from test_train_run import FAST, FILES, TINY, make_screen, run_json, stock_command
+
+import create_esm_pert_features as script
+
+NEW = "SIMEXTRA000"
+TABLE = ("--esm-embeddings", "table.pt")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A screen, its table with genes that it lacks, a template that asks for one; never changed."""
+    folder = make_screen(tmp_path_factory.mktemp("screen"), {"sim": SMALL})
+    wanted = template(simulate(SMALL), ["SIM004", NEW], cells=6)
+    wanted.write_h5ad(folder / "wanted.h5ad")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(folder: Path) -> Path:
+    """A run of two steps; never changed."""
+    done = run_script(
+        "train_with_esm_features",
+        *FILES,
+        *FAST,
+        "--max-steps",
+        2,
+        "--name",
+        "run",
+        *TINY,
+        cwd=folder,
+    )
+    assert done.code == 0, done.err
+    return folder / "runs" / "run"
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the run, to change; the working directory is that of the screen."""
+    copy = shutil.copytree(trained, tmp_path / "runs" / "run")
+    monkeypatch.chdir(folder)
+    return Path(copy)
+
+
+@pytest.fixture
+def add(run: Path, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run create_esm_pert_features.main([... --into-run RUN ...]) in this process."""
+
+    def call(*words: object, into: Path = run) -> Result:
+        capsys.readouterr()
+        try:
+            code = script.main([*map(str, words), "--into-run", str(into)])
+        except SystemExit as usage:
+            code = int(usage.code or 0)
+        return Result(code, *capsys.readouterr())
+
+    return call
+
+
+def load(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(p): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def table() -> dict[str, torch.Tensor]:
+    return {k: torch.from_numpy(v) for k, v in vectors(SMALL).items()}
+
+
+# ---------------------------------------------------------------------------------------------
+# What a run would predict as control
+# ---------------------------------------------------------------------------------------------
+
+
+def test_dry_run_names_the_labels_that_stock_would_predict_as_control(
+    add: Any, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = snapshot(tmp_path)
+    wanted = Path("wanted.h5ad").absolute()
+    monkeypatch.chdir("/")  # the sources of the features are not needed
+    assert add("--adata", wanted, "--dry-run") == Result(
+        1,
+        "",
+        f"error: 1 of 2 labels not known to {run} ({NEW}): state tx infer would predict them as "
+        "control. Add them: this command without --dry-run\n",
+    )
+    assert snapshot(tmp_path) == before
+
+
+def test_dry_run_is_content_when_every_label_has_a_vector(add: Any, run: Path) -> None:
+    assert add("--adata", "template.h5ad", "--dry-run") == Result(
+        0, "", f"all 2 labels have vectors of their own in {run}\n"
+    )
+
+
+def test_dry_run_also_names_labels_with_the_vector_of_the_control(add: Any, run: Path) -> None:
+    content = load(run / "pert_onehot_map.pt")
+    content["SIM004"].zero_()
+    torch.save(content, run / "pert_onehot_map.pt")
+    done = add("--adata", "template.h5ad", "--dry-run")
+    assert (done.code, done.err) == (
+        1,
+        f"error: 1 of 2 labels with a zero vector in {run} (SIM004): state tx infer predicts them "
+        "as control. Train without --missing zero\n",
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Adding
+# ---------------------------------------------------------------------------------------------
+
+
+def test_new_labels_are_added_and_known_ones_stay_bit_identical(add: Any, run: Path) -> None:
+    old_map = (run / "pert_onehot_map.pt").read_bytes()
+    old = load(run / "pert_onehot_map.pt")
+    trained_on = json.loads((run / "pert_features.pt.json").read_text())
+    done = add("--adata", "wanted.h5ad")
+    assert (done.code, done.out) == (0, f"{run}/pert_onehot_map.pt\n")
+    assert done.err.splitlines() == [
+        "labels    2 (1 control, 1 exact)",
+        "from      wanted.h5ad (3 labels)",
+        "source    table.pt (50 genes x 8)",
+        f"the map of before is kept as {run}/pert_onehot_map.pt.orig",
+        f"added     1 label to {run}: {NEW}",
+    ]
+    for name in ("pert_onehot_map.pt", "pert_features.pt"):
+        content = load(run / name)
+        assert list(content) == [*old, NEW]
+        assert all(torch.equal(content[label], old[label]) for label in old)
+        assert torch.equal(content[NEW], table()[NEW])
+    assert (run / "pert_onehot_map.pt.orig").read_bytes() == old_map
+    manifest = script.read_manifest(run / "pert_features.pt")
+    assert manifest is not None
+    assert manifest["trained_features_sha256"] == trained_on["features_sha256"]
+    assert manifest["sources"] == trained_on["sources"]
+    assert manifest["labels"] == {
+        **trained_on["labels"],
+        NEW: {"how": "exact", "gene": NEW, "source": 0},
+    }
+    assert [(a["command"], a["labels"]) for a in manifest["added"]] == [
+        (["--adata", "wanted.h5ad", "--into-run", str(run)], [NEW])
+    ]
+    assert add("--adata", "wanted.h5ad", "--dry-run").code == 0
+    before = snapshot(run)
+    again = add("--adata", "wanted.h5ad")
+    assert again.err == f"up to date: {run} knows all of these labels\n"
+    assert (again.code, snapshot(run)) == (0, before)
+
+
+def test_every_old_map_is_kept(add: Any, run: Path, tmp_path: Path) -> None:
+    maps = []
+    for i in range(3):
+        maps.append((run / "pert_onehot_map.pt").read_bytes())
+        (tmp_path / "genes.txt").write_text(f"SIMEXTRA00{i}\n")
+        assert add("--gene-list", tmp_path / "genes.txt").code == 0
+    names = ["pert_onehot_map.pt.orig", "pert_onehot_map.pt.orig.1", "pert_onehot_map.pt.orig.2"]
+    assert [(run / n).read_bytes() for n in names] == maps
+    assert len({len(load(run / n)) for n in names}) == 3
+
+
+def test_prediction_of_an_added_gene_is_that_of_a_map_that_always_had_it(
+    add: Any, run: Path, folder: Path, tmp_path: Path
+) -> None:
+    def infer(run_dir: Path) -> np.ndarray:
+        output = tmp_path / "prediction.h5ad"
+        done = stock_command(
+            *("tx", "infer", "--model-dir", run_dir, "--pert-col", "target_gene"),
+            *("--adata", folder / "wanted.h5ad", "--output", output, "--quiet"),
+            cwd=tmp_path,
+        )
+        assert done.returncode == 0, done.stderr
+        predicted = anndata.read_h5ad(output)
+        return np.asarray(predicted[predicted.obs["target_gene"] == NEW].X)
+
+    as_control = infer(run)
+    always = Path(shutil.copytree(run, tmp_path / "always"))
+    (tmp_path / "genes.txt").write_text(f"{NEW}\n")
+    done = run_script(
+        "create_esm_pert_features",
+        *("--from-toml", "config.toml", "--gene-list", tmp_path / "genes.txt", *TABLE),
+        *("--output", always / "pert_onehot_map.pt"),
+        cwd=folder,
+    )
+    assert done.code == 0, done.err
+    assert NEW not in load(run / "pert_onehot_map.pt") and NEW in load(
+        always / "pert_onehot_map.pt"
+    )
+    assert add("--adata", "wanted.h5ad").code == 0
+    added = infer(run)
+    assert np.array_equal(added, infer(always))
+    assert not np.allclose(added.mean(0), as_control.mean(0), atol=1e-4)
+
+
+def test_resumed_run_keeps_what_was_added(add: Any, run: Path, folder: Path) -> None:
+    assert add("--adata", "wanted.h5ad").code == 0
+    kept = snapshot(run)
+    words = (*FILES, *FAST, "--output-dir", run.parent, "--name", "run", "--resume", *TINY)
+    done = run_script("train_with_esm_features", *words, "--max-steps", 3, cwd=folder)
+    assert done.code == 0, done.err
+    assert "added with --into-run" not in done.err
+    assert (run_json(run)["status"], run_json(run)["steps"]) == ("finished", 3)
+    for name in ("pert_features.pt", "pert_features.pt.json"):
+        assert (run / name).read_bytes() == kept[str(run / name)]
+    content = load(run / "pert_onehot_map.pt")
+    assert torch.equal(content[NEW], table()[NEW])
+    again = run_script("train_with_esm_features", *words, "--max-steps", 3, cwd=folder)
+    assert (again.code, again.err.splitlines()[-1]) == (
+        0,
+        f"up to date: {run} finished with the same inputs",
+    )
+    predicted = stock_command("tx", "predict", "--output-dir", run, "--predict-only", cwd=folder)
+    assert predicted.returncode == 0, predicted.stderr[-2000:]
+
+
+def test_features_that_make_way_take_added_labels_with_them_and_that_is_said(
+    add: Any, run: Path, folder: Path
+) -> None:
+    assert add("--adata", "wanted.h5ad").code == 0
+    words = (*FILES, *FAST, "--output-dir", run.parent, "--name", "run", "--overwrite", *TINY)
+    done = run_script("train_with_esm_features", *words, "--max-steps", 1, cwd=folder)
+    assert done.code == 0, done.err
+    assert (
+        f"warning: 1 label added with --into-run ({NEW}) will not be in the new features: add them "
+        "again after the training"
+    ) in done.err.splitlines()
+    assert NEW not in load(run / "pert_onehot_map.pt")
+
+
+def test_run_that_was_cut_off_between_its_two_files_is_mended(add: Any, run: Path) -> None:
+    old = (run / "pert_onehot_map.pt").read_bytes()
+    assert add("--adata", "wanted.h5ad").code == 0
+    whole = load(run / "pert_onehot_map.pt")
+    (run / "pert_onehot_map.pt").write_bytes(old)
+    assert add("--adata", "wanted.h5ad", "--dry-run").code == 1
+    assert (
+        add("--adata", "wanted.h5ad").err.splitlines()[-1] == f"added     1 label to {run}: {NEW}"
+    )
+    assert load(run / "pert_onehot_map.pt").keys() == whole.keys()
+
+
+def test_missing_mean_is_over_the_genes_of_the_run_and_the_new_ones(
+    add: Any, run: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "genes.txt").write_text(f"{NEW}\nNOSUCHGENE\n")
+    assert add("--gene-list", tmp_path / "genes.txt", "--missing", "mean").code == 0
+    genes = [*SMALL.symbols, NEW]
+    mean = torch.stack([table()[g] for g in sorted(genes)]).double().mean(0).float()
+    assert torch.allclose(load(run / "pert_onehot_map.pt")["NOSUCHGENE"], mean, atol=1e-6)
+    manifest = json.loads((run / "pert_features.pt.json").read_text())
+    assert manifest["missing"] == {"NOSUCHGENE": "'NOSUCHGENE' is in no table"}
+    assert manifest["labels"]["NOSUCHGENE"] == {"how": "mean"}
+
+
+def test_missing_label_is_refused_and_nothing_is_written(
+    add: Any, run: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "genes.txt").write_text(f"{NEW}\nNOSUCHGENE\n")
+    before = snapshot(run)
+    done = add("--gene-list", tmp_path / "genes.txt")
+    assert (done.code, done.out) == (1, "")
+    assert done.err == (
+        "error: 1 of 2 labels have no embedding (NOSUCHGENE): 'NOSUCHGENE' is in no table. Add a "
+        "table that has them with --esm-embeddings, or their proteins with --fasta, rename with "
+        "--alias OLD=NEW, or accept with --missing mean\n"
+    )
+    assert snapshot(run) == before
+
+
+def test_sources_are_found_from_another_folder(
+    add: Any, run: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir("/")
+    assert add("--adata", folder / "wanted.h5ad").code == 0
+    assert torch.equal(load(run / "pert_onehot_map.pt")[NEW], table()[NEW])
+
+
+# ---------------------------------------------------------------------------------------------
+# Refused
+# ---------------------------------------------------------------------------------------------
+
+
+def refused(done: Result, message: str) -> None:
+    assert done == Result(1, "", f"error: {message}\n")
+
+
+def test_sources_that_are_gone_are_named(
+    add: Any, run: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = run_json(run)
+    for start in record["starts"]:
+        start["folder"] = "/"
+    (run / "run.json").write_text(json.dumps(record))
+    monkeypatch.chdir(tmp_path)
+    refused(
+        add("--adata", folder / "wanted.h5ad"),
+        f"the features of {run} were made of table.pt, which is not there (looked in {tmp_path}); "
+        "say where it is with --esm-embeddings FILE",
+    )
+    moved = ("--esm-embeddings", folder / "table.pt")
+    assert add("--adata", folder / "wanted.h5ad", *moved).code == 0
+    manifest = json.loads((run / "pert_features.pt.json").read_text())
+    assert [s["path"] for s in manifest["sources"]] == ["table.pt", str(folder / "table.pt")]
+    assert manifest["labels"][NEW]["source"] == 1
+
+
+def test_another_table_or_width_is_refused(add: Any, run: Path, tmp_path: Path) -> None:
+    before = snapshot(run)
+    other = {k: v + 1 for k, v in table().items()}
+    torch.save(other, tmp_path / "other.pt")
+    torch.save({k: torch.cat([v, v]) for k, v in table().items()}, tmp_path / "wide.pt")
+    hashes = [script.sha256_of(p)[:12] for p in (tmp_path / "other.pt", Path("table.pt"))]
+    refused(
+        add("--adata", "wanted.h5ad", "--esm-embeddings", tmp_path / "other.pt"),
+        f"{tmp_path}/other.pt (sha256 {hashes[0]}...) is not what the features of {run} were made "
+        f"of (table.pt, sha256 {hashes[1]}...): vectors of another model would mean nothing to it. "
+        "Give that file with --esm-embeddings",
+    )
+    refused(
+        add("--adata", "wanted.h5ad", "--esm-embeddings", tmp_path / "wide.pt"),
+        f"{run} was trained on vectors of 8 values, these have 16; name the table or --esm-model "
+        "that its features were made with",
+    )
+    assert snapshot(run) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"ablation": {"kind": "shuffle", "seed": 1}},
+            "{run} was trained on an ablation (shuffle): a new gene has no vector there. Add genes "
+            "to a run on real features",
+        ),
+        (
+            {"features_sha256": "of another file"},
+            "nothing tells which table or model the vectors of {run}/pert_features.pt come from: "
+            "it has no manifest of create_esm_pert_features.py. Train on a file that has one",
+        ),
+    ],
+)
+def test_features_that_are_not_real_or_of_unknown_origin_are_refused(
+    add: Any, run: Path, change: dict[str, Any], message: str
+) -> None:
+    path = run / "pert_features.pt.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    refused(add("--adata", "wanted.h5ad"), message.format(run=run))
+
+
+def test_what_is_no_trained_run_is_refused(add: Any, run: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    nowhere, empty = tmp_path / "nowhere", tmp_path / "empty"
+    refused(
+        add("--adata", "wanted.h5ad", into=nowhere),
+        f"--into-run {nowhere} is no folder (looked in {Path.cwd()})",
+    )
+    refused(
+        add("--adata", "wanted.h5ad", "--dry-run", into=empty),
+        f"{empty} is no run of train_with_esm_features.py: it has no run.json",
+    )
+    (run / "pert_onehot_map.pt").unlink()
+    refused(
+        add("--adata", "wanted.h5ad"),
+        f"{run} has no pert_onehot_map.pt: its training has not begun",
+    )
+    refused(
+        add("--adata", "wanted.h5ad", "--control-pert", "NTC", into=tmp_path / "runs" / "run"),
+        f"{run} has no pert_onehot_map.pt: its training has not begun",
+    )
+
+
+def test_another_control_is_refused(add: Any) -> None:
+    refused(
+        add("--adata", "wanted.h5ad", "--control-pert", "NTC"),
+        "--control-pert NTC: the run's control is non-targeting",
+    )
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("--output", "o.pt"), ("--ablation", "shuffle"), ("--report", "r.tsv"), ("--all-genes",)],
+)
+def test_options_that_mean_nothing_for_a_run_are_refused(add: Any, words: tuple[str, ...]) -> None:
+    done = add("--adata", "wanted.h5ad", *words)
+    assert done.code == 2
+    assert done.err.endswith(f"error: {words[0]} does not go with --into-run\n")
+
+
+# ---------------------------------------------------------------------------------------------
+# Sequences
+# ---------------------------------------------------------------------------------------------
+
+RESIDUES = "ACDEFGHIKLMNPQRSTVWY"
+
+
+def protein(seed: int) -> str:
+    return "M" + "".join(np.random.default_rng(seed).choice(list(RESIDUES), 30))
+
+
+@pytest.fixture(scope="module")
+def of_sequences(folder: Path) -> Path:
+    """A run whose features were computed from proteins; never changed."""
+    (folder / "p.fasta").write_text(
+        "".join(f">{s}\n{protein(i)}\n" for i, s in enumerate(SMALL.symbols))
+    )
+    (folder / "new.fasta").write_text(f">{NEW}\n{protein(99)}\n")
+    write_checkpoint(folder / "m.pt")
+    write_checkpoint(folder / "m2.pt", seed=1)
+    words = ("--config", "config.toml", "--fasta", "p.fasta", "--esm-model", "m.pt", "--no-cache")
+    done = run_script(
+        "train_with_esm_features",
+        *(*words, "--device", "cpu", *FAST, "--max-steps", 1, "--name", "esm", *TINY),
+        cwd=folder,
+    )
+    assert done.code == 0, done.err
+    return folder / "runs" / "esm"
+
+
+def test_new_gene_is_computed_by_the_model_of_the_run(
+    add: Any, of_sequences: Path, run: Path, tmp_path: Path, folder: Path
+) -> None:
+    esm = Path(shutil.copytree(of_sequences, tmp_path / "esm"))
+    new = ("--adata", "wanted.h5ad", "--fasta", "new.fasta", "--no-cache", "--device", "cpu")
+    before = snapshot(esm)
+    for other, changed in (
+        (("--esm-model", "m2.pt"), "weights_sha256 {} -> {}"),
+        (("--layer", 1), "layer 2 -> 1"),
+        (("--precision", "bfloat16"), "precision float32 -> bfloat16"),
+    ):
+        hashes = [script.sha256_of(folder / name) for name in ("m.pt", "m2.pt")]
+        refused(
+            add(*new, *other, into=esm),
+            f"the features of {esm} were computed otherwise ({changed.format(*hashes)}): vectors "
+            "of another model would mean nothing to it. Leave the options of the model out",
+        )
+    assert snapshot(esm) == before
+    done = add(*new, into=esm)
+    assert done.code == 0, done.err
+    words = ("--all-genes", "--fasta", "new.fasta", "--esm-model", "m.pt", "--no-cache")
+    words += ("--device", "cpu", "--output", str(tmp_path / "alone.pt"))
+    assert run_script("create_esm_pert_features", *words, cwd=folder).code == 0
+    assert torch.equal(load(esm / "pert_onehot_map.pt")[NEW], load(tmp_path / "alone.pt")[NEW])
+
+
+# ---------------------------------------------------------------------------------------------
+# At the same time
+# ---------------------------------------------------------------------------------------------
+
+
+def test_several_processes_add_to_one_run(run: Path, tmp_path: Path) -> None:
+    """All of them have their vectors and wait for the run, which is let go when they do."""
+    ours = [f"SIMEXTRA00{i}" for i in range(4)]
+    processes = []
+    with script.run_lock(run, "testing"):
+        for gene in ours:
+            (tmp_path / f"{gene}.txt").write_text(f"{gene}\nSIMEXTRA009\n")
+            command = [sys.executable, str(ROOT / "create_esm_pert_features.py")]
+            command += ["--gene-list", str(tmp_path / f"{gene}.txt"), "--into-run", str(run)]
+            err = (tmp_path / f"{gene}.err").open("w")
+            processes.append(subprocess.Popen(command, stderr=err))
+        limit = time.monotonic() + 120
+        while any("source" not in (tmp_path / f"{g}.err").read_text() for g in ours):
+            assert time.monotonic() < limit
+            time.sleep(0.05)
+        time.sleep(0.3)
+        assert all(p.poll() is None for p in processes)
+    assert [p.wait(60) for p in processes] == [0, 0, 0, 0]
+    for name in ("pert_onehot_map.pt", "pert_features.pt"):
+        content = load(run / name)
+        assert {*ours, "SIMEXTRA009"} == content.keys() - {*SMALL.symbols} - {
+            SMALL.combination,
+            "non-targeting",
+        }
+        assert all(torch.equal(content[g], table()[g]) for g in ours)
+    manifest = script.read_manifest(run / "pert_features.pt")
+    assert manifest is not None
+    added = [label for a in manifest["added"] for label in a["labels"]]
+    assert sorted(added) == [*ours, "SIMEXTRA009"]
+
+
+def test_run_that_trains_is_left_alone(
+    add: Any, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(script, "WAIT_SECONDS", 0.1)
+    before = snapshot(run)
+    with script.run_lock(run):
+        done = add("--adata", "wanted.h5ad")
+    assert done.code == 75
+    assert done.err.splitlines()[-1].startswith("error: process ")
+    assert done.err.endswith(f", is training {run}; let it finish\n")
+    assert snapshot(run) == before
+
+
+# ---------------------------------------------------------------------------------------------
+# The whole way
+# ---------------------------------------------------------------------------------------------
+
+
+def readme_commands() -> list[list[str]]:
+    """The commands of README's challenge section, as typed."""
+    section = (ROOT / "README.md").read_text().split("## The Virtual Cell Challenge")[1]
+    block = section.split("```bash\n")[1].split("```")[0].replace("\\\n", " ")
+    return [shlex.split(line) for line in block.splitlines()]
+
+
+def test_challenge_path_of_the_readme_runs_as_typed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a small screen under the challenge's names: only its size has to be said."""
+    place = tmp_path / "competition_support_set"
+    place.mkdir()
+    for name in ("competition_train", "k562"):
+        shutil.copy(folder / "sim.h5ad", place / f"{name}.h5")
+    shutil.copy(folder / "wanted.h5ad", place / "competition_val_template.h5ad")
+    (place / "gene_names.csv").write_text("\n".join(simulate(SMALL).var_names) + "\n")
+    (place / "starter.toml").write_text(
+        '[datasets]\nh1 = "competition_support_set/{competition_train,k562}.h5"\n'
+        '[training]\nh1 = "train"\n[zeroshot]\n"h1.simB" = "test"\n'
+    )
+    more = {
+        "create --from-toml": ("--esm-embeddings", folder / "table.pt"),
+        "train --config": ("--max-steps", 2, *FAST, *TINY),
+        "cell-eval prep": ("--expected-gene-dim", SMALL.genes),
+    }
+    monkeypatch.chdir(tmp_path)
+    ran = []
+    for words in readme_commands():
+        name = f"{words[1].split('_')[0]} {words[2]}" if words[0] == "python" else words[0]
+        name = f"{words[0]} {words[1]}" if words[0] == "cell-eval" else name
+        program = [sys.executable, str(ROOT / words[1])] if words[0] == "python" else None
+        program = program or [str(Path(sys.executable).with_name(words[0])), words[1]]
+        command = [*program, *words[2:], *map(str, more.get(name, ()))]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, (command, done.stderr)
+        ran.append(name)
+        if name == "state":
+            assert "not in mapping" not in done.stdout
+    assert ran == [
+        *("create --from-toml", "train --config", "create --into-run", "state", "cell-eval prep"),
+    ]
+    features = torch.load(place / "ESM2_pert_features.pt", weights_only=True)
+    known = torch.load("competition/first_run/pert_onehot_map.pt", weights_only=True)
+    assert set(known) - set(features) == {NEW}
+    predicted = anndata.read_h5ad("competition/prediction.h5ad")
+    assert set(predicted.obs["target_gene"]) == {"SIM004", NEW, "non-targeting"}
+    assert (tmp_path / "competition/prediction.prep.vcc").stat().st_size > 0

@@ -1,0 +1,260 @@
+"""Training without a features file: the labels of the TOML are resolved and embedded on the way."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL, Result, run_script
+from random_esm2 import write_checkpoint
+from test_train_run import FAST, TINY, make_screen, run_json
+
+import create_esm_pert_features
+import train_with_esm_features
+
+TABLE = '[features]\nesm-embeddings = "table.pt"\n'
+
+
+@pytest.fixture(scope="module")
+def screen_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_screen(tmp_path_factory.mktemp("screen"), {"sim": SMALL})
+
+
+@pytest.fixture
+def folder(screen_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the screen, which is the working directory; its config.toml names the table."""
+    copy = Path(shutil.copytree(screen_dir, tmp_path / "screen"))
+    (copy / "config.toml").write_text((copy / "config.toml").read_text() + TABLE)
+    monkeypatch.chdir(copy)
+    return copy
+
+
+@pytest.fixture
+def train(folder: Path, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run train_with_esm_features.main([...]) in this process; the run is folder/runs/run."""
+
+    def call(*words: object, steps: int = 1) -> Result:
+        capsys.readouterr()
+        all_words = ("--config", "config.toml", "--name", "run", "--max-steps", steps, *FAST)
+        try:
+            code = train_with_esm_features.main([str(w) for w in (*all_words, *words, *TINY)])
+        except SystemExit as usage:
+            code = int(usage.code or 0)
+        return Result(code, *capsys.readouterr())
+
+    return call
+
+
+def create(folder: Path, *words: object) -> Path:
+    """What script 1 writes."""
+    words = ("--from-toml", "config.toml", *words, "--output", folder / "alone.pt")
+    done = run_script("create_esm_pert_features", *words, cwd=folder)
+    assert done.code == 0, done.err
+    return folder / "alone.pt"
+
+
+def manifest(features: Path) -> dict[str, Any]:
+    content = json.loads(features.with_name(features.name + ".json").read_text())
+    return {k: v for k, v in content.items() if k != "command"}
+
+
+def write_proteins(folder: Path) -> None:
+    rng = np.random.default_rng(0)
+    lines = [f">{s}\nM{''.join(rng.choice(list('ACDEFGHIKL'), 20))}\n" for s in SMALL.symbols]
+    (folder / "p.fasta").write_text("".join(lines))
+    write_checkpoint(folder / "m.pt")
+
+
+def sections(text: str) -> None:
+    """Give config.toml another [features] table."""
+    path = Path("config.toml")
+    path.write_text(path.read_text().split("[features]")[0] + text)
+
+
+def test_the_run_holds_what_script_1_would_have_written(train: Any, folder: Path) -> None:
+    done = train()
+    run = folder / "runs" / "run"
+    assert (done.code, done.out) == (0, f"{run}\n"), done.err
+    lines = done.err.splitlines()
+    assert "features  options of [features] in config.toml: --esm-embeddings=table.pt" in lines
+    assert f"features  {run}/pert_features.pt (12 x 8)" in lines
+    sections("")
+    alone = create(folder, "--esm-embeddings", "table.pt")
+    assert (run / "pert_features.pt").read_bytes() == alone.read_bytes()
+    # the TOML of the run has the table, so its hash differs
+    ours, theirs = manifest(run / "pert_features.pt"), manifest(alone)
+    for content in (ours, theirs):
+        for origin in content["inputs"]:
+            origin.pop("sha256", None)
+    assert ours == theirs
+    command = json.loads((run / "pert_features.pt.json").read_text())["command"]
+    assert command == [
+        *("--from-toml", "config.toml", "--pert-col", "target_gene"),
+        *("--control-pert", "non-targeting", "--esm-embeddings=table.pt"),
+    ]
+    known = torch.load(run / "pert_onehot_map.pt", weights_only=True)
+    assert known.keys() == torch.load(alone, weights_only=True).keys()
+
+
+def test_script_1_reads_the_table_of_the_toml_too(folder: Path) -> None:
+    with_flag = create(folder, "--esm-embeddings", "table.pt").read_bytes()
+    assert create(folder).read_bytes() == with_flag
+
+
+def test_flags_win_over_the_table(train: Any, folder: Path) -> None:
+    table = torch.load("table.pt", weights_only=True)
+    torch.save({k: v * 2 for k, v in table.items()}, "double.pt")
+    assert train("--esm-embeddings", "double.pt", "--combine", "mean").code == 0
+    features = torch.load(folder / "runs/run/pert_features.pt", weights_only=True)
+    assert torch.equal(features["SIM004"], table["SIM004"] * 2)
+    assert torch.equal(features[SMALL.combination], table["SIM000"] + table["SIM001"])
+
+
+def test_every_kind_of_option_can_stand_in_the_table(train: Any, folder: Path) -> None:
+    table = torch.load("table.pt", weights_only=True)
+    table["OTHER"] = table.pop("SIM004")
+    torch.save(table, "renamed.pt")
+    sections(
+        '[features]\nesm_embeddings = ["renamed.pt"]\nmissing = "mean"\ncombine = "mean"\n'
+        'prefer-previous = true\nno-cache = false\n[features.alias]\nSIM004 = "OTHER"\n'
+    )
+    assert train().code == 0
+    described = manifest(folder / "runs/run/pert_features.pt")
+    assert described["policy"] == {
+        "missing": "mean",
+        "combine": "mean",
+        "separator": "+",
+        "label_regex": None,
+        "prefer_previous": True,
+    }
+    assert described["labels"]["SIM004"]["gene"] == "OTHER"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[features]\nfastaa = "p.fasta"\n', "[features] has no option 'fastaa' (did you mean "),
+        (
+            '[features]\nmissing = "maen"\n',
+            "[features] argument --missing: invalid choice: 'maen' (choose from ",
+        ),
+        ("[features]\nlayer = 1.5\n", "[features] argument --layer: invalid int value: '1.5'"),
+        ('[feature]\nmissing = "mean"\n', "unknown section [feature] (did you mean features?)"),
+    ],
+)
+def test_wrong_tables_are_named(train: Any, folder: Path, text: str, message: str) -> None:
+    sections(text)
+    done = train("--esm-embeddings", "table.pt")
+    assert (done.code, done.out) == (1, "")
+    assert done.err.startswith(f"error: config.toml: {message}"), done.err
+    assert done.err.count("\n") == 1
+    assert not (folder / "runs").exists()
+
+
+def test_missing_labels_are_refused_as_script_1_does_and_nothing_is_written(
+    train: Any,
+    folder: Path,
+) -> None:
+    table = torch.load("table.pt", weights_only=True)
+    table.pop("SIM007")
+    torch.save(table, "table.pt")
+    done = train()
+    assert (done.code, done.out) == (1, "")
+    assert done.err.splitlines()[-1] == (
+        "error: 1 of 11 labels have no embedding (SIM007): 'SIM007' is in no table. Add a table "
+        "that has them with --esm-embeddings, or their proteins with --fasta, rename with --alias "
+        "OLD=NEW, or accept with --missing mean"
+    )
+    assert not (folder / "runs").exists()
+    done = train("--missing", "mean")
+    assert done.code == 0
+    assert done.err.count("1 of 11 labels missing, or a part of them (SIM007)") == 1
+
+
+def test_named_features_need_no_options_and_leave_the_table_alone(train: Any, folder: Path) -> None:
+    done = train("--pert-features", "features.pt", "--missing", "mean")
+    assert done.code == 2
+    assert done.err.endswith("error: --pert-features does not go with --missing\n")
+    torch.save({"SIM000": torch.ones(3)}, "table.pt")
+    done = train("--pert-features", "features.pt", "--dry-run")
+    assert done.code == 0, done.err
+    assert "features  [features] of config.toml is not used: --pert-features" in done.err
+    assert "options of [features]" not in done.err
+
+
+def test_again_is_up_to_date_and_a_changed_table_is_another_run(train: Any, folder: Path) -> None:
+    assert train().code == 0
+    done = train()
+    run = folder / "runs" / "run"
+    assert done.err.splitlines()[-1] == f"up to date: {run} finished with the same inputs"
+    table = torch.load("table.pt", weights_only=True)
+    table["SIM004"] += 1
+    torch.save(table, "table.pt")
+    done = train()
+    assert done.code == 1
+    assert "exists with other inputs (features sha256: " in done.err.splitlines()[-1]
+    assert train("--overwrite").code == 0
+    features = torch.load(run / "pert_features.pt", weights_only=True)
+    assert torch.equal(features["SIM004"], table["SIM004"])
+
+
+def test_proteins_are_computed_after_all_checks_and_the_run_resumes(
+    train: Any,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sections("")
+    write_proteins(folder)
+    words = ("--fasta", "p.fasta", "--esm-model", "m.pt", "--device", "cpu", "--cache", "cache")
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            create_esm_pert_features, "embed_genes", lambda *_: pytest.fail("computes already")
+        )
+        done = train(*words, "--dry-run")
+        assert done.code == 0, done.err
+        lines = done.err.splitlines()
+        assert "10 genes to compute before the training" in lines
+        assert f"features  {folder}/runs/run/pert_features.pt (12 x 16)" in lines
+        assert not (folder / "runs").exists()
+        done = train(*words, "--batch-col", "nowhere")
+        assert done.code == 1
+        assert "obs column 'nowhere'" in done.err
+    assert train(*words).code == 0
+    run = folder / "runs" / "run"
+    alone = create(folder, *words)
+    assert (run / "pert_features.pt").read_bytes() == alone.read_bytes()
+    done = train(*words, "--resume", steps=2)
+    assert done.code == 0, done.err
+    assert "10 in the cache, 0 to compute" in done.err
+    assert (run_json(run)["status"], run_json(run)["steps"]) == ("finished", 2)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_resumed_run_keeps_its_features_unless_others_are_asked_for(
+    train: Any, folder: Path, named: bool
+) -> None:
+    run = folder / "runs" / "run"
+    done = train(*(("--pert-features", "features.pt") if named else ()))
+    assert done.code == 0, done.err
+    kept = (run / "pert_features.pt").read_bytes()
+    (folder / "genes.txt").write_text("SIMEXTRA000\n")
+    words = ("--gene-list", "genes.txt", "--into-run", run)
+    assert run_script("create_esm_pert_features", *words, cwd=folder).code == 0
+    Path("table.pt").unlink()
+    Path("features.pt").unlink()
+    done = train("--resume", steps=2)
+    assert done.code == 0, done.err
+    assert run_json(run)["identity"]["features"]["sha256"] == hashlib.sha256(kept).hexdigest()
+    known = torch.load(run / "pert_onehot_map.pt", weights_only=True)
+    assert "SIMEXTRA000" in known
+    table = torch.load(run / "pert_features.pt", weights_only=True)
+    torch.save({k: v + 1 for k, v in table.items() if v.any()}, "table.pt")
+    done = train("--resume", "--esm-embeddings", "table.pt", steps=3)
+    assert done.code == 1
+    assert "was trained otherwise (features sha256: " in done.err
