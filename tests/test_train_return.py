@@ -765,7 +765,7 @@ def test_damaged_checkpoints_are_named_and_the_best_other_one_goes_on(
     restored = checkpoint(four, "last")["state_dict"]
     assert all(torch.equal(restored[k], weights[k]) for k in weights)
     assert_finished(run, four, 5)
-    warnings = [line for line in run.lines if line.startswith("warning: ")]
+    warnings = [line for line in run.lines if line.startswith("warning: damaged")]
     assert len(warnings) == len(said)
     assert [bool(re.fullmatch(s, w)) for s, w in zip(said, warnings, strict=True)] == [
         True for _ in said
