@@ -1,37 +1,39 @@
-# make demo | evaluate | test | test-slow | check. Everything lives in .venv; needs Python 3.11 or 3.12 only.
+# make demo | evaluate | test | test-slow | check. All lives in .venv; needs Python 3.11 or 3.12 only.
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null \
 	&& echo $$p && break; done)
-BIN := .venv/bin
+VENV ?= .venv
+BIN := $(VENV)/bin
 
 .PHONY: demo demo-data evaluate test test-slow check clean
 
-demo: .venv/installed
+demo: $(VENV)/installed
 	$(BIN)/python tests/run_demo.py
 
-demo-data: .venv/installed
+demo-data: $(VENV)/installed
 	$(BIN)/python tests/demo_data.py demo
 
-evaluate: .venv/installed
+evaluate: $(VENV)/installed
 	$(BIN)/python tests/benchmarks/evaluate.py
+	$(if $(NORMAN),$(BIN)/python tests/benchmarks/evaluate.py --norman $(NORMAN))
 
-test: .venv/installed
+test: $(VENV)/installed
 	$(BIN)/python -m pytest -m "not slow"
 
-test-slow: .venv/installed
+test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest
 
-check: .venv/installed
+check: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-.venv/installed: pyproject.toml constraints.txt
+$(VENV)/installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 found; name one: make PYTHON=/path/to/python3.11"; exit 1; }
-	$(PYTHON) -m venv .venv
-	@echo "installing into .venv: some minutes and gigabytes the first time"
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV): some minutes and gigabytes the first time"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	touch $@
 
 clean:
-	rm -rf .venv demo build *.egg-info
+	rm -rf .venv .venv-* demo build *.egg-info

@@ -3156,6 +3156,91 @@ def draw_cosines(axes: Axes, vectors: Mapping[str, torch.Tensor]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
+# The way from labels to features, up to the vectors and with them
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Labels, and where the vector of each comes from; no vector is read or computed yet.
+
+    Attributes
+    ----------
+    used
+        Genes that are used of each source.
+    to_embed
+        Those of them that are computed.
+    checkpoint
+        The model that computes them; None if there is nothing to compute, or if a dry run would
+        have to download it.
+    """
+
+    labels: Labels
+    tables: list[Table]
+    resolver: Resolver
+    resolutions: list[Resolution]
+    used: list[list[str]]
+    to_embed: list[str]
+    checkpoint: Checkpoint | None
+
+    def width(self, args: argparse.Namespace) -> int | None:
+        """Length of the vectors, as far as it is known without computing one."""
+        if self.tables:
+            return self.tables[0].width
+        known = self.checkpoint.width if self.checkpoint else None
+        return known or ESM2_WIDTHS.get(args.esm_model)
+
+    def features(self, args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+        """({label: vector}, {gene: vector}), read, computed, ablated, combined."""
+        vectors = read_vectors(self.used, self.resolver.sources, self.checkpoint, args)
+        vectors = dict(ablate(vectors, args.ablation, args.seed))
+        width = len(next(iter(vectors.values())))
+        return build_features(self.resolutions, vectors, width, args), vectors
+
+    def manifest(
+        self, features: Mapping[str, torch.Tensor], features_sha256: str, args: argparse.Namespace
+    ) -> dict[str, Any]:
+        """What the manifest says of a file of these features."""
+        return build_manifest(
+            args, self.labels, self.resolver, self.resolutions, features, features_sha256
+        )
+
+
+def resolve_labels(labels: Labels, args: argparse.Namespace) -> Resolved | None:
+    """Open the sources and find the gene of every label; None if a dry run has no source.
+
+    Raises
+    ------
+    InputError
+        A source cannot be read, or labels are missing and --missing does not allow it.
+    """
+    tables = open_tables(args)
+    sources: list[Source] = [*tables, *([load_proteins(args)] if args.fasta else [])]
+    if not sources:  # a dry run that would have to download
+        log.info("%s to look up: %s", count(len(labels.names), "label"), some(labels.names))
+        return None
+    if args.all_genes:
+        genes = [g for source in sources for g in source.symbols if g != labels.control]
+        labels.add(genes, path=some(str(source.path) for source in sources), kind="all-genes")
+    names = dict.fromkeys([*labels.names, labels.control])
+    aliases = read_aliases(args.alias, args.aliases)
+    resolver = Resolver(sources, aliases, labels.control, args)
+    resolutions = resolve(names, resolver)
+    if args.report:
+        write_report(args.report, resolutions, sources, args)
+    check_missing(resolutions, labels, resolver, args)
+    used = genes_by_source(resolutions, sources)
+    if not any(used):
+        raise InputError(
+            f"none of the {count(len(names) - 1, 'label')} is in a source: other species or "
+            f"naming? labels: {some(names)}; {sources[0].path}: {some(sources[0].symbols)}"
+        )
+    to_embed = used[-1] if args.fasta else []
+    checkpoint = find_checkpoint(to_embed, tables, args) if to_embed else None
+    return Resolved(labels, tables, resolver, resolutions, used, to_embed, checkpoint)
+
+
+# ---------------------------------------------------------------------------------------------
 # New labels for a trained run
 # ---------------------------------------------------------------------------------------------
 
@@ -3688,86 +3773,6 @@ def check_outputs(args: argparse.Namespace) -> None:
                 pass
         except OSError as error:
             raise cannot_write(path, error) from error
-
-
-@dataclass(frozen=True)
-class Resolved:
-    """Labels, and where the vector of each comes from; no vector is read or computed yet.
-
-    Attributes
-    ----------
-    used
-        Genes that are used of each source.
-    to_embed
-        Those of them that are computed.
-    checkpoint
-        The model that computes them; None if there is nothing to compute, or if a dry run would
-        have to download it.
-    """
-
-    labels: Labels
-    tables: list[Table]
-    resolver: Resolver
-    resolutions: list[Resolution]
-    used: list[list[str]]
-    to_embed: list[str]
-    checkpoint: Checkpoint | None
-
-    def width(self, args: argparse.Namespace) -> int | None:
-        """Length of the vectors, as far as it is known without computing one."""
-        if self.tables:
-            return self.tables[0].width
-        known = self.checkpoint.width if self.checkpoint else None
-        return known or ESM2_WIDTHS.get(args.esm_model)
-
-    def features(self, args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
-        """({label: vector}, {gene: vector}), read, computed, ablated, combined."""
-        vectors = read_vectors(self.used, self.resolver.sources, self.checkpoint, args)
-        vectors = dict(ablate(vectors, args.ablation, args.seed))
-        width = len(next(iter(vectors.values())))
-        return build_features(self.resolutions, vectors, width, args), vectors
-
-    def manifest(
-        self, features: Mapping[str, torch.Tensor], features_sha256: str, args: argparse.Namespace
-    ) -> dict[str, Any]:
-        """What the manifest says of a file of these features."""
-        return build_manifest(
-            args, self.labels, self.resolver, self.resolutions, features, features_sha256
-        )
-
-
-def resolve_labels(labels: Labels, args: argparse.Namespace) -> Resolved | None:
-    """Open the sources and find the gene of every label; None if a dry run has no source.
-
-    Raises
-    ------
-    InputError
-        A source cannot be read, or labels are missing and --missing does not allow it.
-    """
-    tables = open_tables(args)
-    sources: list[Source] = [*tables, *([load_proteins(args)] if args.fasta else [])]
-    if not sources:  # a dry run that would have to download
-        log.info("%s to look up: %s", count(len(labels.names), "label"), some(labels.names))
-        return None
-    if args.all_genes:
-        genes = [g for source in sources for g in source.symbols if g != labels.control]
-        labels.add(genes, path=some(str(source.path) for source in sources), kind="all-genes")
-    names = dict.fromkeys([*labels.names, labels.control])
-    aliases = read_aliases(args.alias, args.aliases)
-    resolver = Resolver(sources, aliases, labels.control, args)
-    resolutions = resolve(names, resolver)
-    if args.report:
-        write_report(args.report, resolutions, sources, args)
-    check_missing(resolutions, labels, resolver, args)
-    used = genes_by_source(resolutions, sources)
-    if not any(used):
-        raise InputError(
-            f"none of the {count(len(names) - 1, 'label')} is in a source: other species or "
-            f"naming? labels: {some(names)}; {sources[0].path}: {some(sources[0].symbols)}"
-        )
-    to_embed = used[-1] if args.fasta else []
-    checkpoint = find_checkpoint(to_embed, tables, args) if to_embed else None
-    return Resolved(labels, tables, resolver, resolutions, used, to_embed, checkpoint)
 
 
 def run(args: argparse.Namespace) -> int:
