@@ -3230,7 +3230,7 @@ def resolve_labels(labels: Labels, args: argparse.Namespace) -> Resolved | None:
         write_report(args.report, resolutions, sources, args)
     check_missing(resolutions, labels, resolver, args)
     used = genes_by_source(resolutions, sources)
-    if not any(used):
+    if not any(used) and not getattr(args, "into_run", None):
         raise InputError(
             f"none of the {count(len(names) - 1, 'label')} is in a source: other species or "
             f"naming? labels: {some(names)}; {sources[0].path}: {some(sources[0].symbols)}"
@@ -3357,14 +3357,18 @@ def options_of_run(run_dir: Path, given: Sequence[str]) -> list[str]:
     }
     options |= {"esm-embeddings": [], "fasta": []}
     files = []
+    tables: dict[str, list[str]] = {}  # a table may have been named at several places
     for source in manifest["sources"]:
         if source["kind"] == "table":
-            path = run.file(source["path"])
-            if source["sha256"] == ARC_SHA256 and not Path(path).exists():
-                path = str(arc_table_path(dry_run=False))
-            options["esm-embeddings"].append(path)
-            files.append(("--esm-embeddings", path))
-        else:
+            tables.setdefault(source["sha256"], []).append(run.file(source["path"]))
+    for sha256, paths in tables.items():
+        path = next((p for p in paths if Path(p).exists()), paths[0])
+        if sha256 == ARC_SHA256 and not Path(path).exists():
+            path = str(arc_table_path(dry_run=False))
+        options["esm-embeddings"].append(path)
+        files.append(("--esm-embeddings", path))
+    for source in manifest["sources"]:
+        if source["kind"] == "esm2":
             made = ("isoforms", "long", "layer", "precision")
             options |= {"esm-model": source["model"], **{k: source.get(k) for k in made}}
             paths = [run.file(f["path"]) for f in source["fasta"]]
@@ -3396,8 +3400,14 @@ def check_same_model(
     InputError
         Another width, table, model, or way of computing.
     """
+    combine = manifest["policy"]["combine"]
+    if args.combine != combine:
+        raise InputError(
+            f"{args.into_run} was trained on combinations by --combine {combine}; leave the option "
+            "out"
+        )
     width = resolved.width(args)
-    if width != manifest["width"]:
+    if any(resolved.used) and width != manifest["width"]:
         raise InputError(
             f"{args.into_run} was trained on vectors of {manifest['width']:,} values, these have "
             f"{width or 0:,}; name the table or --esm-model that its features were made with"
@@ -3452,11 +3462,14 @@ def check_template(run: TrainedRun, labels: Labels, args: argparse.Namespace) ->
     if zeros:
         problems.append(
             f"{len(zeros):,} of {total} with a zero vector in {args.into_run} ({some(zeros)}): "
-            "state tx infer predicts them as control. Train without --missing zero"
+            "state tx infer predicts them as control, as --missing zero chose"
         )
     if problems:
         raise one_error(problems)
     log.info("all %s have vectors of their own in %s", total, args.into_run)
+    filled = [x for x in wanted if x in (read_manifest(run.features) or {}).get("missing", {})]
+    if filled:
+        warn(f"but {len(filled):,} of them the mean of others ({some(filled)}), by --missing mean")
     return 0
 
 

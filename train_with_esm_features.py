@@ -78,6 +78,7 @@ from create_esm_pert_features import (
     DEFAULT_CONTROL,
     PERT_COLUMNS,
     PERT_COLUMNS_HELP,
+    SECTIONS,
     SPLITS,
     Busy,
     InputError,
@@ -592,6 +593,12 @@ def check_splits(
             f"{'it' if len(trained) == 1 else 'them'} in {some(dict.fromkeys(where))}: not unseen. "
             "For genes that no training cell has, hold them out there too"
         )
+    pairs = [x for x in splits["train"] if "+" in x and not held.isdisjoint(x.split("+"))]
+    if pairs:
+        found.warnings.append(
+            f"training has combinations of genes that [fewshot] holds out ({some(pairs)}): these "
+            "genes are not unseen. Hold the combinations out too"
+        )
     if not splits["train"]:
         found.problems.append(
             'no perturbed cell to train on: name a dataset under [training], e.g. NAME = "train"'
@@ -652,6 +659,8 @@ def _no_validation_message(
     key, labels = max(candidates, key=lambda c: len(c[1]), default=("", []))
     if len(labels) < 2:
         return f"no validation cells: {what}. Keep a cell type or some genes back in the TOML"
+    paired = {gene for x in labels if "+" in x for gene in (x, *x.split("+"))}
+    labels = [x for x in labels if x not in paired] or labels  # which training would still see
     chosen = ", ".join(json.dumps(x, ensure_ascii=False) for x in labels[: min(2, len(labels) - 1)])
     return (
         f"no validation cells: {what}. Keep some genes back: in the TOML, under "
@@ -1654,9 +1663,10 @@ def identity(plan: Plan) -> dict[str, Any]:
     """What makes two runs the same: settings, features, TOML, data files, versions."""
     origins = [data_file_origin(f.path.absolute()) for f in plan.data.files]
     stock = {k: v for k, v in flat(plan.stock).items() if k not in MANAGED or k == CONSECUTIVE}
+    cell_load_reads = {s: getattr(plan.data.experiment, s) for s in SECTIONS}  # not comments
     return {
         "features": {"sha256": plan.pert_features["sha256"]},
-        "toml": {"sha256": sha256_of(plan.toml)},
+        "toml": {"sha256": hashlib.sha256(as_json(cell_load_reads)).hexdigest()},
         "data": {o["path"]: f"{o['size']:,} bytes" for o in origins},
         "changed": {o["path"]: o["mtime_ns"] for o in origins},
         "versions": versions(),
@@ -2590,6 +2600,8 @@ def split_table(splits: Mapping[str, Mapping[str, int]]) -> list[tuple[str, str]
 
 def describe_loading(fast: FastLoading, files: int) -> str:
     """What --fast-loading will read, and what it has to write first."""
+    if not fast.copies:
+        return f"{fast.layout}: {count(files, 'file')} in this order already, read without a copy"
     missing = fast.missing()
     size = sum(c.size for c in missing) / 1e9
     return (
@@ -2854,7 +2866,8 @@ def plan_and_train(
     log.info("%s", describe(plan))
     how = decide(plan, earlier, args)
     if args.dry_run:
-        log.info("dry run (%s): nothing written. The stock command for it:", how)
+        once = "" if args.pert_features else ", once its features are made"
+        log.info("dry run (%s): nothing written. The stock command for it%s:", how, once)
         print(plan.stock_command())
         return 0
     if how == "up to date":

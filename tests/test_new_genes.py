@@ -122,7 +122,7 @@ def test_dry_run_also_names_labels_with_the_vector_of_the_control(add: Any, run:
     assert (done.code, done.err) == (
         1,
         f"error: 1 of 2 labels with a zero vector in {run} (SIM004): state tx infer predicts them "
-        "as control. Train without --missing zero\n",
+        "as control, as --missing zero chose\n",
     )
 
 
@@ -270,6 +270,13 @@ def test_missing_mean_is_over_the_genes_of_the_run_and_the_new_ones(
     manifest = json.loads((run / "pert_features.pt.json").read_text())
     assert manifest["missing"] == {"NOSUCHGENE": "'NOSUCHGENE' is in no table"}
     assert manifest["labels"]["NOSUCHGENE"] == {"how": "mean"}
+    assert add("--gene-list", tmp_path / "genes.txt", "--dry-run").err == (
+        f"all 2 labels have vectors of their own in {run}\n"
+        "warning: but 1 of them the mean of others (NOSUCHGENE), by --missing mean\n"
+    )
+    (tmp_path / "genes.txt").write_text("NOSUCHGENE2\n")  # alone
+    assert add("--gene-list", tmp_path / "genes.txt", "--missing", "mean").code == 0
+    assert torch.allclose(load(run / "pert_onehot_map.pt")["NOSUCHGENE2"], mean, atol=1e-6)
 
 
 def test_missing_label_is_refused_and_nothing_is_written(
@@ -322,6 +329,20 @@ def test_sources_that_are_gone_are_named(
     manifest = json.loads((run / "pert_features.pt.json").read_text())
     assert [s["path"] for s in manifest["sources"]] == ["table.pt", str(folder / "table.pt")]
     assert manifest["labels"][NEW]["source"] == 1
+    monkeypatch.chdir(folder)  # where the table is as it was named first
+    (tmp_path / "genes.txt").write_text("SIMEXTRA001\n")
+    assert add("--gene-list", tmp_path / "genes.txt").code == 0
+
+
+def test_other_sums_of_combinations_are_refused(add: Any, run: Path, tmp_path: Path) -> None:
+    (tmp_path / "genes.txt").write_text(f"{NEW}+SIM000\n")
+    refused(
+        add("--gene-list", tmp_path / "genes.txt", "--combine", "mean"),
+        f"{run} was trained on combinations by --combine sum; leave the option out",
+    )
+    assert add("--gene-list", tmp_path / "genes.txt").code == 0
+    both = table()[NEW] + table()["SIM000"]
+    assert torch.equal(load(run / "pert_onehot_map.pt")[f"{NEW}+SIM000"], both)
 
 
 def test_another_table_or_width_is_refused(add: Any, run: Path, tmp_path: Path) -> None:

@@ -193,6 +193,9 @@ def test_again_is_up_to_date_and_a_changed_table_is_another_run(train: Any, fold
     done = train()
     run = folder / "runs" / "run"
     assert done.err.splitlines()[-1] == f"up to date: {run} finished with the same inputs"
+    text = Path("config.toml").read_text()
+    Path("config.toml").write_text(f"# a comment\n{text}")
+    assert "up to date" in train().err
     table = torch.load("table.pt", weights_only=True)
     table["SIM004"] += 1
     torch.save(table, "table.pt")

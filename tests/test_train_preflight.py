@@ -190,6 +190,17 @@ def test_plan_tells_genes_trained_elsewhere_from_genes_never_trained(
     assert " ".join(shown["test"].split()) == test
 
 
+def test_held_out_gene_in_a_trained_combination_is_a_warning(
+    accepted: Accepted, tmp_path: Path
+) -> None:
+    held = '[fewshot."sim.{}"]\nval = ["SIM003"]\ntest = ["SIM000"]\n'
+    toml(tmp_path, TRAIN + held.format("simA") + held.format("simB"))
+    accepted(
+        f"training has combinations of genes that [fewshot] holds out ({SMALL.combination}): these "
+        "genes are not unseen. Hold the combinations out too"
+    )
+
+
 def test_plan_of_a_zero_shot_cell_type_tells_trained_from_never_trained(
     accepted: Accepted, tmp_path: Path
 ) -> None:
@@ -911,7 +922,7 @@ def test_no_validation_cells_is_a_warning_whose_advice_works(
     accepted: Accepted, ready: Path, held: str, consequence: str, header: str
 ) -> None:
     toml(ready, TRAIN + held)
-    line = 'val = ["SIM000", "SIM000+SIM001"]'
+    line = 'val = ["SIM002", "SIM003"]'
     accepted(
         f"no validation cells: {consequence}. Keep some genes back: in the TOML, under {header} "
         f"on a line of its own, {line}"
@@ -947,8 +958,8 @@ def test_held_out_label_that_no_file_has_is_a_warning(accepted: Accepted, ready:
 
 
 def test_label_that_is_both_val_and_test_is_a_warning(accepted: Accepted, ready: Path) -> None:
-    toml(ready, f'{TRAIN}[fewshot."sim.simA"]\nval = ["SIM003", "SIM001"]\ntest = ["SIM001"]\n')
-    done = accepted('[fewshot."sim.simA"] SIM001: both val and test')
+    toml(ready, f'{TRAIN}[fewshot."sim.simA"]\nval = ["SIM003", "SIM005"]\ntest = ["SIM005"]\n')
+    done = accepted('[fewshot."sim.simA"] SIM005: both val and test')
     assert plan(done)["val"].split()[:2] == ["24", "2"]
     assert plan(done)["test"].split()[:2] == ["12", "1"]
 

@@ -107,8 +107,11 @@ def norman(data: Path, table: Path | None, folder: Path) -> Study:
     import torch
 
     folder.mkdir(parents=True, exist_ok=True)
-    toml = folder / "norman.toml"
-    lines = ["[datasets]", f"norman = {json.dumps(str(data.resolve()))}"]
+    toml, copy = folder / "norman.toml", folder / "norman.h5ad"
+    cells = anndata.read_h5ad(data)
+    cells.obs.index.name = cells.var.index.name = None  # where cell-load looks for gene names
+    cells.write_h5ad(copy)
+    lines = ["[datasets]", f"norman = {json.dumps(str(copy.resolve()))}"]
     lines += ["[training]", 'norman = "train"']
     for cell_type, test in HELD_OUT.items():
         val = ["IER5L", "TMSB4X"] if cell_type == "k562" else []
@@ -118,7 +121,7 @@ def norman(data: Path, table: Path | None, folder: Path) -> Study:
     if table is None:
         print("real and shuffle are left out: they need real vectors (--norman-table)")
         methods, table = ("onehot", *BASELINES), folder / "names.pt"
-        labels = anndata.read_h5ad(data, backed="r").obs["perturbation"].unique()
+        labels = cells.obs["perturbation"].unique()
         genes = sorted({gene for label in labels for gene in label.split("+")})
         torch.save(dict(zip(genes, torch.eye(len(genes)), strict=True)), table)
     columns = ("--pert-col", "perturbation", "--control-pert", "control")
