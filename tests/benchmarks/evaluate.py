@@ -17,7 +17,8 @@ pearson_delta
     context_mean returns the true controls, its effects share their noise. A constant effect has no
     correlation: NaN, counted and shown. One that is a mere draw of controls has about 0.
 mse
-    Of predicted and true mean expression, not of the effects.
+    Of predicted and true mean expression, not of the effects: a model that predicts control cells
+    badly, too, has a high one although its effects, less those controls, may be right.
 discrimination_score_l1
     1 - rank / n: the rank (0 is the nearest) of the right one among the true effects of the n
     perturbations of this cell type in the test cells, seen and unseen, by L1 distance to the
