@@ -1666,7 +1666,7 @@ def identity(plan: Plan) -> dict[str, Any]:
     cell_load_reads = {s: getattr(plan.data.experiment, s) for s in SECTIONS}  # not comments
     return {
         "features": {"sha256": plan.pert_features["sha256"]},
-        "toml": {"sha256": hashlib.sha256(as_json(cell_load_reads)).hexdigest()},
+        "toml": {"content": hashlib.sha256(as_json(cell_load_reads)).hexdigest()},
         "data": {o["path"]: f"{o['size']:,} bytes" for o in origins},
         "changed": {o["path"]: o["mtime_ns"] for o in origins},
         "versions": versions(),
@@ -2814,6 +2814,7 @@ def start(
             "at": now(),
             "folder": str(Path.cwd()),
             "command": args.command,
+            "toml": {"path": str(plan.toml.absolute()), "sha256": sha256_of(plan.toml)},
             **({"note": fresh} if fresh else {}),
         },
     ]

@@ -36,7 +36,7 @@ real - shuffle               0.533 +- 0.094             -0.567 +- 0.047         
 In brackets: pairs in the test cells.
 pearson_delta: higher is better, 1 is perfect, 0 is chance
 mse: lower is better, 0 is perfect
-discrimination_score_l1: higher is better, 1 is perfect, about 0.5 is chance"""
+discrimination_score_l1: higher is better, 1 is perfect, 0.5 + 0.5 / n is chance"""
 
 
 def write_results(run_dir: Path, cell_type: str, *rows: str) -> None:

@@ -14,8 +14,9 @@ cell-eval 0.8 compares mean expression over the cells of a pair:
 pearson_delta
     Correlation over genes of predicted and true effect. The predicted effect is the prediction less
     what the same model predicts for control cells, the true one is less the true controls; as
-    context_mean returns the true controls, its effects share their noise. A constant effect has no
-    correlation: NaN, counted and shown. One that is a mere draw of controls has about 0.
+    context_mean returns the true controls, its effects share their noise, which where effects are
+    weak gives 0.5 by itself. A constant effect has no correlation: NaN, counted and shown. One that
+    is a mere draw of controls has about 0.
 mse
     Of predicted and true mean expression, not of the effects: a model that predicts control cells
     badly, too, has a high one although its effects, less those controls, may be right.
@@ -58,7 +59,7 @@ from create_esm_pert_features import count, sha256_of  # noqa: E402
 METRICS = {  # which way is better, and what a perfect prediction and chance get
     "pearson_delta": ("higher", "1 is perfect, 0 is chance"),
     "mse": ("lower", "0 is perfect"),
-    "discrimination_score_l1": ("higher", "1 is perfect, about 0.5 is chance"),
+    "discrimination_score_l1": ("higher", "1 is perfect, 0.5 + 0.5 / n is chance"),
 }
 BASELINES = ("perturb_mean", "context_mean")
 """State's own: the mean effect of the label over cell types; the mean of all perturbed cells."""
@@ -238,11 +239,15 @@ def draw(path: Path, pairs: pd.DataFrame, title: str) -> None:
     """A panel a metric, a row a method: every seed as a dot, their mean as a line."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     runs, methods = runs_of(pairs).reset_index(), list(dict.fromkeys(pairs["method"]))
     figure = Figure(figsize=(12, 2.2 + 0.6 * len(methods)), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(METRICS), sharey=True)
+    unique = pairs.drop_duplicates(["cell_type", "perturbation"])
+    n = unique.groupby("cell_type")["perturbation"].transform("size")
+    chance = {"pearson_delta": 0, "discrimination_score_l1": (0.5 + 0.5 / n).mean()}
     handles = {}
     for axes, (metric, (way, note)) in zip(panels, METRICS.items(), strict=True):
         for group, (colour, marker, shift) in GROUPS.items():
@@ -258,8 +263,9 @@ def draw(path: Path, pairs: pd.DataFrame, title: str) -> None:
                     axes.text(0.02, y + shift, "NaN", color=colour, fontsize=8, **place)
         better = {"higher": "higher is better \u2192", "lower": "\u2190 lower is better"}[way]
         axes.set(title=metric, xlabel=f"{better}\n({note})")
-        if "chance" in note:
-            axes.axvline(0.5 if "0.5" in note else 0, color="0.5", lw=1, ls=":")
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        if metric in chance:
+            axes.axvline(chance[metric], color="0.5", lw=1, ls=":")
         else:
             axes.set_xlim(left=0)
         axes.grid(axis="x", color="0.9")
@@ -267,10 +273,10 @@ def draw(path: Path, pairs: pd.DataFrame, title: str) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_yticks(range(len(methods)), methods)
     panels[0].set_ylim(len(methods) - 0.5, -0.5)
-    n = pairs.drop_duplicates(["cell_type", "perturbation"])["group"].value_counts()
-    names = [f"{g} perturbations ({count(n.get(g, 0), 'pair')})" for g in handles]
+    sizes = unique["group"].value_counts()
+    names = [f"{g} perturbations ({count(sizes.get(g, 0), 'pair')})" for g in handles]
     figure.legend(handles.values(), names, loc="outside lower center", ncols=2, frameon=False)
-    figure.suptitle(f"{title}: a dot is a seed, the line their mean")
+    figure.suptitle(f"{title}: a dot is a seed, the line their mean; dotted: chance")
     figure.savefig(path, format="png")
 
 
