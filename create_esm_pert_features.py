@@ -192,6 +192,11 @@ def count(n: int, noun: str) -> str:
     return f"{n:,} {noun}" + ("" if n == 1 else "s")
 
 
+def have(n: int) -> str:
+    """The verb after 'n of 3 labels'."""
+    return "has" if n == 1 else "have"
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """' (did you mean A, B?)' for the names nearest to `name`, or nothing."""
     by_lower = {k.lower(): k for k in known}
@@ -2988,7 +2993,8 @@ def check_missing(
     if not reason and "," in kinds:
         reason = f": {kinds}"
     raise InputError(
-        f"{len(missing):,} of {count(total, 'label')} have no embedding ({names}){reason}.{also} "
+        f"{len(missing):,} of {count(total, 'label')} {have(len(missing))} no embedding "
+        f"({names}){reason}.{also} "
         "Add a table that has them with --esm-embeddings, or their proteins with --fasta, rename "
         f"with --alias OLD=NEW, {see_all}or accept with --missing mean"
     )
@@ -3726,6 +3732,9 @@ def add_feature_options(parser: argparse.ArgumentParser) -> None:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="create_esm_pert_features.py",
+        usage="%(prog)s (--from-toml | --gene-list | --adata) FILE\n"
+        "           [--esm-embeddings FILE] [--fasta FILE] (--output FILE.pt | --into-run DIR)\n"
+        "           [option ...]    (--help lists them)",
         description="Write the ESM2 protein embedding of every perturbation of a screen.",
         epilog="Then: train_with_esm_features.py --config TOML --pert-features FILE.pt",
         allow_abbrev=False,

@@ -99,6 +99,7 @@ from create_esm_pert_features import (
     feature_words,
     find_column,
     find_data_files,
+    have,
     load_experiment,
     lock_path,
     log,
@@ -830,9 +831,10 @@ def _check_labels(
         missing = [x for x in labels if x not in features]
         if missing:
             found.problems.append(
-                f"{len(missing):,} of {count(len(labels), 'perturbation')} in {f.path} have no "
-                f"embedding in {path} ({some(missing)}); cell-load would train them as control. "
-                "Make the file again with create_esm_pert_features.py --from-toml"
+                f"{len(missing):,} of {count(len(labels), 'perturbation')} in {f.path} "
+                f"{have(len(missing))} no embedding in {path} ({some(missing)}); cell-load "
+                "would train them as control. Make the file again with create_esm_pert_features.py "
+                "--from-toml"
             )
 
 
@@ -2649,6 +2651,8 @@ def repeat_hash_seed(experiment: ExperimentConfig, from_command_line: bool) -> s
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="train_with_esm_features.py",
+        usage="%(prog)s --config FILE [--pert-features FILE.pt]\n"
+        "           [option ...] [STOCK.SETTING=VALUE ...]    (--help lists them)",
         description="Train an unmodified State model on ESM2 perturbation features.",
         epilog="What is not given stays as the installed state package has it. Without "
         "--pert-features the options of sources, sequences, symbols and policy decide the "

@@ -177,7 +177,7 @@ def test_a_label_with_a_part_that_has_no_vector_is_missing(
     mean: list[float],
 ) -> None:
     arguments = labels("A", label)
-    message = f"error: 1 of 2 labels have no embedding ({label}): {reason}. {HINT}\n"
+    message = f"error: 1 of 2 labels has no embedding ({label}): {reason}. {HINT}\n"
     before = files(tmp_path)
     assert create(*arguments) == Result(1, "", message)
     assert files(tmp_path) == before
@@ -232,7 +232,7 @@ def test_an_alias_to_a_gene_that_is_in_no_table_is_named(
     assert create(*labels("A", "OLD"), "--alias", "OLD=NEW") == Result(
         1,
         "",
-        "error: 1 of 2 labels have no embedding (OLD): 'NEW' (alias of 'OLD') is in no table. "
+        "error: 1 of 2 labels has no embedding (OLD): 'NEW' (alias of 'OLD') is in no table. "
         f"{HINT}\n",
     )
 

@@ -285,7 +285,7 @@ def test_a_few_shot_label_that_no_file_holds_is_reported_as_a_probable_typo(
     assert done == Result(
         1,
         "",
-        f"{warning}error: 1 of 12 labels have no embedding ({typo}): '{typo}' is in no table. "
+        f"{warning}error: 1 of 12 labels has no embedding ({typo}): '{typo}' is in no table. "
         f"{typo}: only in [fewshot], probably a typo. Add a table that has them with "
         "--esm-embeddings, or their proteins with --fasta, rename with --alias OLD=NEW, see all "
         "with --report FILE.tsv --dry-run, or accept with --missing mean\n",

@@ -155,7 +155,7 @@ def test_an_ambiguous_symbol_is_missing_with_its_candidates(
     assert lookup(TODAY, ("TAZ", "STAT1"), "--quiet") == Result(
         1,
         "",
-        f"error: 1 of 2 labels have no embedding (TAZ): {TAZ}. Choose: --alias TAZ=TAFAZZIN or "
+        f"error: 1 of 2 labels has no embedding (TAZ): {TAZ}. Choose: --alias TAZ=TAFAZZIN or "
         f"--alias TAZ=WWTR1.{ADVICE}",
     )
     assert lookup(TODAY, ("TAZ", "NONESUCH", "QARS"), "--quiet") == Result(
@@ -197,7 +197,7 @@ def test_a_key_that_is_a_looser_name_is_taken_for_no_gene(lookup: Callable[..., 
     assert lookup(("MLK4", "IRF1"), ("MAP3K21",), "--quiet") == Result(
         1,
         "",
-        "error: 1 of 1 label have no embedding (MAP3K21): 'MAP3K21' is in no table, "
+        "error: 1 of 1 label has no embedding (MAP3K21): 'MAP3K21' is in no table, "
         f"though a human gene.{ADVICE}",
     )
 
@@ -388,7 +388,7 @@ def test_a_gene_without_protein_is_told_apart(tmp_path: Path, lookup: Any) -> No
     assert done == Result(
         1,
         "",
-        "error: 1 of 1 label have no embedding (LNC2): 'LNC2' has no protein: NOCODE is a "
+        "error: 1 of 1 label has no embedding (LNC2): 'LNC2' has no protein: NOCODE is a "
         f"non-coding RNA gene.{ADVICE}",
     )
     done = lookup(TODAY, ("LNC2", "NONESUCH"), "--hgnc", "hgnc.txt", "--quiet")

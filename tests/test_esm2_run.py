@@ -200,7 +200,7 @@ def test_a_missing_label_says_why_its_record_was_left_out(
     assert (done.code, done.out) == (1, "")
     assert done.err == (
         "warning: 1 of 2 proteins left out: a stop (*) inside the sequence: 1 (id1)\n"
-        "error: 1 of 2 labels have no embedding (XBAD): 'XBAD' is in no FASTA file (id1: a stop "
+        "error: 1 of 2 labels has no embedding (XBAD): 'XBAD' is in no FASTA file (id1: a stop "
         f"(*) inside the sequence). {ADVICE}"
     )
     assert not (tmp_path / "o.pt").exists()

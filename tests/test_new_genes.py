@@ -287,7 +287,7 @@ def test_missing_label_is_refused_and_nothing_is_written(
     done = add("--gene-list", tmp_path / "genes.txt")
     assert (done.code, done.out) == (1, "")
     assert done.err == (
-        "error: 1 of 2 labels have no embedding (NOSUCHGENE): 'NOSUCHGENE' is in no table. Add a "
+        "error: 1 of 2 labels has no embedding (NOSUCHGENE): 'NOSUCHGENE' is in no table. Add a "
         "table that has them with --esm-embeddings, or their proteins with --fasta, rename with "
         "--alias OLD=NEW, or accept with --missing mean\n"
     )

@@ -167,7 +167,7 @@ def test_missing_labels_are_refused_as_script_1_does_and_nothing_is_written(
     done = train()
     assert (done.code, done.out) == (1, "")
     assert done.err.splitlines()[-1] == (
-        "error: 1 of 11 labels have no embedding (SIM007): 'SIM007' is in no table. Add a table "
+        "error: 1 of 11 labels has no embedding (SIM007): 'SIM007' is in no table. Add a table "
         "that has them with --esm-embeddings, or their proteins with --fasta, rename with --alias "
         "OLD=NEW, or accept with --missing mean"
     )

@@ -324,7 +324,7 @@ def test_all_problems_are_listed_together(refused: Refused, ready: Path, screen:
         "bad.pt: 1 perturbation with a zero vector, which State cannot tell from the control "
         f"(SIM003). {again}",
         *(
-            f"1 of 11 perturbations in {name}.h5ad have no embedding in bad.pt (SIM001); "
+            f"1 of 11 perturbations in {name}.h5ad has no embedding in bad.pt (SIM001); "
             f"cell-load would train them as control. {again} --from-toml"
             for name in "ab"
         ),
