@@ -3461,14 +3461,20 @@ def check_template(run: TrainedRun, labels: Labels, args: argparse.Namespace) ->
     total = count(len(wanted), "label")
     problems = []
     if unknown:
+        try:
+            run.manifest()
+            remedy = "Add them: this command without --dry-run"
+        except InputError as refused:
+            remedy = str(refused)
         problems.append(
             f"{len(unknown):,} of {total} not known to {args.into_run} ({some(unknown)}): state "
-            "tx infer would predict them as control. Add them: this command without --dry-run"
+            f"tx infer would predict them as control. {remedy}"
         )
     if zeros:
         problems.append(
             f"{len(zeros):,} of {total} with a zero vector in {args.into_run} ({some(zeros)}): "
-            "state tx infer predicts them as control, as --missing zero chose"
+            "state tx infer predicts them as control, as --missing zero chose. Leave them out, or "
+            "train on features that have them"
         )
     if problems:
         raise one_error(problems)

@@ -122,7 +122,8 @@ def test_dry_run_also_names_labels_with_the_vector_of_the_control(add: Any, run:
     assert (done.code, done.err) == (
         1,
         f"error: 1 of 2 labels with a zero vector in {run} (SIM004): state tx infer predicts them "
-        "as control, as --missing zero chose\n",
+        "as control, as --missing zero chose. Leave them out, or train on features that have "
+        "them\n",
     )
 
 
@@ -385,7 +386,13 @@ def test_features_that_are_not_real_or_of_unknown_origin_are_refused(
 ) -> None:
     path = run / "pert_features.pt.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    refused(add("--adata", "wanted.h5ad"), message.format(run=run))
+    message = message.format(run=run)
+    refused(add("--adata", "wanted.h5ad"), message)
+    refused(
+        add("--adata", "wanted.h5ad", "--dry-run"),
+        f"1 of 2 labels not known to {run} ({NEW}): state tx infer would predict them as control. "
+        + message,
+    )
 
 
 def test_what_is_no_trained_run_is_refused(add: Any, run: Path, tmp_path: Path) -> None:
