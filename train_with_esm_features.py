@@ -1630,10 +1630,13 @@ def make_plan(
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides the weights."""
-    packages = ("torch", "lightning", "arc-state", "cell-load", "transformers", "numpy")
+    """Versions of what decides the weights; torch's with its build (+cpu, +cu130)."""
+    import torch
+
+    packages = ("lightning", "arc-state", "cell-load", "transformers", "numpy")
     found = {p: importlib.metadata.version(p) for p in packages}
-    return {"python": platform.python_version(), **found, "train_with_esm_features": __version__}
+    own = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    return {**own, **found, "train_with_esm_features": __version__}
 
 
 def hardware() -> dict[str, Any]:
