@@ -4,6 +4,8 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 	&& echo $$p && break; done)
 VENV ?= .venv
 BIN := $(VENV)/bin
+# two files of tests at once
+AT_ONCE := -n 2 --dist loadfile
 
 .PHONY: demo demo-data evaluate test test-slow check clean
 
@@ -18,10 +20,10 @@ evaluate: $(VENV)/installed
 	$(if $(NORMAN),$(BIN)/python tests/benchmarks/evaluate.py --norman $(NORMAN))
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(AT_ONCE) -m "not slow"
 
 test-slow: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(AT_ONCE)
 
 check: $(VENV)/installed
 	$(BIN)/ruff format --check .
