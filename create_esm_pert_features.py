@@ -73,7 +73,7 @@ import time
 import traceback
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property, partial
@@ -391,10 +391,18 @@ def run_lock(
 
     path = lock_path(run_dir)
     path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path, on_acquired=sign)
     try:
-        held = FileLock(path, on_acquired=sign).acquire(timeout=seconds)
+        held = lock.acquire(timeout=0)
     except Timeout:
-        raise Busy(run_dir, read_json(path), advice) from None
+        busy = Busy(run_dir, read_json(path), advice)
+        if not seconds:
+            raise busy from None
+        log.info("waiting for at most %g s: %s", seconds, busy)
+        try:
+            held = lock.acquire(timeout=seconds)
+        except Timeout:
+            raise Busy(run_dir, read_json(path), advice) from None
     with held:
         yield
 
@@ -763,6 +771,25 @@ def read_categories(file: h5py.File, column: str) -> list[str]:
     return [v.decode("utf-8", errors="ignore") if isinstance(v, bytes) else v for v in values]
 
 
+def gene_names(file: h5py.File) -> list[str]:
+    """Gene names in order, where PerturbationDataset.get_gene_names looks for them."""
+    for name in ("gene_name", "gene_name_index", "_index", "feature"):
+        node = file.get(f"var/{name}")
+        if node is None:
+            continue
+        values = node["categories"][:][node["codes"][:]] if "codes" in node else node[:]
+        return [v.decode() if isinstance(v, bytes) else str(v) for v in values]
+    raise InputError(
+        f"{file.filename}: cell-load finds no gene names (it looks for var/gene_name and "
+        "var/_index); write the file again after adata.var.index.name = None"
+    )
+
+
+def fingerprint(names: Sequence[str]) -> dict[str, Any]:
+    """Number and hash of names in their order."""
+    return {"number": len(names), "sha256": hashlib.sha256("\n".join(names).encode()).hexdigest()}
+
+
 def data_file_origin(path: Path) -> dict[str, Any]:
     """What the manifest keeps of a data file: hashing tens of gigabytes would cost minutes."""
     stat = path.stat()
@@ -781,15 +808,20 @@ def require_control(control: str, labels: Sequence[str], path: Path, column: str
     )
 
 
-def labels_of_files(
-    paths: Sequence[Path], pert_col: str | None, control: str | None
-) -> dict[Path, list[str]]:
-    """Labels of each file, all read from one column; `control`, if given, must be in each."""
+def label_column(paths: Sequence[Path], pert_col: str | None) -> str:
+    """The one obs column of all these files that has the labels."""
     columns = {}
     for path in paths:
         with open_h5ad(path) as file:
             columns[path] = obs_columns(file)
-    column = find_column(columns, pert_col, PERT_COLUMNS, "--pert-col")
+    return find_column(columns, pert_col, PERT_COLUMNS, "--pert-col")
+
+
+def labels_of_files(
+    paths: Sequence[Path], pert_col: str | None, control: str | None
+) -> dict[Path, list[str]]:
+    """Labels of each file, all read from one column; `control`, if given, must be in each."""
+    column = label_column(paths, pert_col)
     labels = {}
     for path in paths:
         with open_h5ad(path) as file:
@@ -879,9 +911,8 @@ def collect_labels(args: argparse.Namespace) -> Labels:
     labels = Labels(control=args.control_pert)
     if args.from_toml:
         add_toml_labels(labels, args.from_toml, args.pert_col)
-    for path, found in (
-        labels_of_files(args.adata, args.pert_col, None).items() if args.adata else ()
-    ):
+    in_files = labels_of_files(args.adata, args.pert_col, None) if args.adata else {}
+    for path, found in in_files.items():
         labels.add(found, **data_file_origin(path))
     for path in args.gene_list:
         labels.add(
@@ -2319,6 +2350,11 @@ def read_aliases(pairs: Sequence[tuple[str, str]], path: Path | None) -> dict[st
     return aliases | dict(pairs)
 
 
+def letters(name: str) -> str:
+    """A name as CONTROL_NAMES and NO_VALUES have it: small letters, nothing between them."""
+    return re.sub(r"[\W_]", "", name).lower()
+
+
 CONTROL_NAMES = {
     *("control", "controls", "ctrl", "ctl", "nt", "ntc", "nontarget", "nontargeting", "negctrl"),
     *("negctl", "negativecontrol", "safetargeting", "scramble", "scrambled", "dmso", "vehicle"),
@@ -2445,7 +2481,7 @@ class Resolver:
         """The exact key, the only one in other case or without version, or another name's."""
         if found := self.exact(name):
             return found
-        plain = re.sub(r"[\W_]", "", name).lower()
+        plain = letters(name)
         if name == self.control or plain in CONTROL_NAMES:
             reason = f"{name!r} is the name of a control, not of a gene"
             return Gene(name, "missing", reason=reason, kind=CONTROL_NAMED)
@@ -2828,9 +2864,11 @@ def identical(vectors: Mapping[str, torch.Tensor]) -> list[list[str]]:
     return [group for group in groups.values() if len(group) > 1]
 
 
-def warn_of_identical(vectors: Mapping[str, torch.Tensor]) -> None:
-    """Say which labels State cannot tell apart."""
-    same = identical(vectors)
+def warn_of_identical(
+    vectors: Mapping[str, torch.Tensor], new: Collection[str] | None = None
+) -> None:
+    """Say which labels State cannot tell apart; of groups with a `new` one only, if given."""
+    same = [g for g in identical(vectors) if new is None or not set(g).isdisjoint(new)]
     if same:
         listed = some((" = ".join(group) for group in same), 3)
         warn(f"State cannot tell labels with the same vector apart: {listed}")
@@ -2981,6 +3019,9 @@ def check_missing(
         also += (
             f" {some(dict.fromkeys(controls))}: if this is the control, --control-pert "
             f"{shlex.quote(controls[0])}; only one label can be, so give its cells that one."
+            if args.into_run is None
+            else f" {some(dict.fromkeys(controls))}: if this is the control, label its cells "
+            f"{labels.control}, as in the run."
         )
     unclear = {str(p.reason): " or ".join(p.paste) for r in missing for p in r.parts if p.paste}
     if unclear and len(missing) > 1:
@@ -3269,12 +3310,18 @@ class TrainedRun:
         As it was trained.
     started_in
         The working directory of its training.
+    genes
+        `fingerprint` of the genes of X that it was trained on; None if it reads an embedding.
+    shown
+        The folder as the user named it.
     """
 
     folder: Path
     control: str
     pert_col: str
     started_in: Path
+    genes: Mapping[str, Any] | None
+    shown: Path
 
     def file(self, path: str) -> str:
         """A file that its features were made of: seen from here, or from where it was started."""
@@ -3342,7 +3389,8 @@ def open_run(folder: Path) -> TrainedRun:
     if not control or not column:
         raise InputError(f"{folder} is no run of train_with_esm_features.py: it has no run.json")
     started_in = Path(record["starts"][-1].get("folder", "."))
-    run = TrainedRun(folder.resolve(), str(control), str(column), started_in)
+    genes = record.get("genes")
+    run = TrainedRun(folder.resolve(), str(control), str(column), started_in, genes, folder)
     if not run.map_path.is_file():
         raise InputError(f"{folder} has no {run.map_path.name}: its training has not begun")
     return run
@@ -3382,6 +3430,14 @@ def options_of_run(run_dir: Path, given: Sequence[str]) -> list[str]:
             files += [("--fasta", path) for path in paths]
             if Path(run.file(source["model"])).is_file():
                 options["esm-model"] = run.file(source["model"])
+    options["alias"] = [  # those of the user: nothing else leads from name to gene
+        f"{part['name']}={part['gene']}"
+        for label, record in manifest["labels"].items()
+        for part in record.get("parts", [{"name": label, **record}])
+        if part["how"] == "alias"
+        and "via" not in part
+        and not any(w.removeprefix("--alias=").startswith(f"{part['name']}=") for w in given)
+    ]
     for names in manifest["symbols"]:
         if "path" in names:
             options["hgnc"] = run.file(names["path"])
@@ -3393,7 +3449,7 @@ def options_of_run(run_dir: Path, given: Sequence[str]) -> list[str]:
                 f"{Path.cwd()}); say where it is with {option} FILE"
             )
     options = {k: list(dict.fromkeys(v)) if isinstance(v, list) else v for k, v in options.items()}
-    return option_words(options, given)
+    return option_words(options, [w for w in given if not w.startswith("--alias")])
 
 
 def check_same_model(
@@ -3446,43 +3502,95 @@ def check_same_model(
         )
 
 
+def problems_of_templates(run: TrainedRun, args: argparse.Namespace) -> list[str]:
+    """What `state tx infer` would get wrong on the files of --adata, whatever their labels."""
+    problems = []
+    column = label_column(args.adata, args.pert_col) if args.adata else ""
+    for path in args.adata:
+        with open_h5ad(path) as file:
+            unlabelled = int((file["obs"][column]["codes"][:] < 0).sum())
+            genes, problem = None, ""
+            try:
+                genes = fingerprint(gene_names(file))
+            except InputError as error:
+                problem = str(error)
+        if unlabelled:
+            problems.append(
+                f"{path}: {count(unlabelled, 'cell')} without a label in {column!r}: state tx "
+                "infer would predict them as control. Remove them, or label them"
+            )
+        if run.genes is None or genes == run.genes:
+            continue
+        if genes:
+            number, trained = genes["number"], run.genes["number"]
+            which = f"{number:,} genes, not the {trained:,} genes of the run"
+            if number == trained:
+                which = "other genes than the run, or the same in another order"
+            problem = (
+                f"{path} has {which}: state tx infer takes its columns for the run's genes. Write "
+                "it again with the genes of the training data, in their order"
+            )
+        problems.append(problem)
+    return problems
+
+
 def check_template(run: TrainedRun, labels: Labels, args: argparse.Namespace) -> int:
-    """Which labels `state tx infer` would predict with the vector of the control today.
+    """What `state tx infer` would predict as control, or on mixed-up genes, today.
 
     Raises
     ------
     InputError
-        There are some.
+        There is something.
     """
     known = run.vectors(run.map_path)
     wanted = [x for x in labels.names if x != run.control]
     unknown = [x for x in wanted if x not in known]
-    zeros = [x for x in wanted if x in known and not known[x].any()]
     total = count(len(wanted), "label")
-    problems = []
+    problems = problems_of_templates(run, args)
     if unknown:
         try:
             run.manifest()
             remedy = "Add them: this command without --dry-run"
+            named = [x for x in unknown if letters(x) in CONTROL_NAMES]
+            if named:
+                remedy += f" (if {named[0]} is the control, label its cells {run.control} instead)"
         except InputError as refused:
             remedy = str(refused)
         problems.append(
             f"{len(unknown):,} of {total} not known to {args.into_run} ({some(unknown)}): state "
             f"tx infer would predict them as control. {remedy}"
         )
+    zeros, filled = filled_in(run, labels.names)
+    problems += zeros
+    if problems:
+        raise one_error(problems)
+    log.info("%s, none of which would be predicted as control by %s", total, args.into_run)
+    for text in filled:
+        warn(text)
+    return 0
+
+
+def filled_in(run: TrainedRun, names: Iterable[str]) -> tuple[list[str], list[str]]:
+    """What to say of labels that the run knows by zeros, and by vectors not their own."""
+    known, manifest = run.vectors(run.map_path), read_manifest(run.features) or {}
+    there = [x for x in names if x != run.control and x in known]
+    zeros = [x for x in there if not known[x].any()]
+    means = [x for x in there if x in manifest.get("missing", {}) and x not in zeros]
+    zero_texts, texts = [], []
     if zeros:
-        problems.append(
-            f"{len(zeros):,} of {total} with a zero vector in {args.into_run} ({some(zeros)}): "
+        zero_texts.append(
+            f"{count(len(zeros), 'label')} with a zero vector in {run.shown} ({some(zeros)}): "
             "state tx infer predicts them as control, as --missing zero chose. Leave them out, or "
             "train on features that have them"
         )
-    if problems:
-        raise one_error(problems)
-    log.info("all %s have vectors of their own in %s", total, args.into_run)
-    filled = [x for x in wanted if x in (read_manifest(run.features) or {}).get("missing", {})]
-    if filled:
-        warn(f"but {len(filled):,} of them the mean of others ({some(filled)}), by --missing mean")
-    return 0
+    if means:
+        texts.append(
+            f"{count(len(means), 'label')} with the mean of other vectors in {run.shown} "
+            f"({some(means)}), as --missing mean chose"
+        )
+    if manifest.get("ablation"):
+        texts.append(f"{run.shown} was trained on an ablation ({manifest['ablation']['kind']})")
+    return zero_texts, texts
 
 
 def add_to_run(args: argparse.Namespace) -> int:
@@ -3493,7 +3601,10 @@ def add_to_run(args: argparse.Namespace) -> int:
     """
     run = open_run(args.into_run)
     if args.control_pert not in (DEFAULT_CONTROL, run.control):
-        raise InputError(f"--control-pert {args.control_pert}: the run's control is {run.control}")
+        raise InputError(
+            f"--control-pert {args.control_pert}: the run's control is {run.control}; give the "
+            "control cells that label"
+        )
     args.control_pert = run.control
     if args.pert_col is None and run.pert_col in columns_of_all(args.adata):
         args.pert_col = run.pert_col
@@ -3501,18 +3612,25 @@ def add_to_run(args: argparse.Namespace) -> int:
     if args.dry_run:
         return check_template(run, labels, args)
     manifest = run.manifest()
-    known = set(run.vectors(run.features))
+    known = run.vectors(run.features)
     found, resolved = dict[str, Any](), None
-    new = [x for x in labels.names if x not in known]
+    wanted = list(labels.names)
+    new = [x for x in wanted if x not in known]
     if new:
         labels.names = dict.fromkeys(new)
         resolved = resolve_labels(labels, args)
         assert resolved is not None  # only a dry run has no source
         check_same_model(resolved, manifest, args)
         found = new_vectors(resolved, run, manifest, args)
+        others = {x: v for x, v in known.items() if x not in {run.control, *manifest["missing"]}}
+        warn_of_identical(others | with_vectors(resolved.resolutions, found), new)
         log.info("%s", summary(resolved.resolutions, labels, resolved.resolver, args, found))
     with run_lock(run.folder, "adding labels to", WAIT_SECONDS):
         added = write_into_run(run, found, resolved, args)
+    for text in problems_of_templates(run, args):
+        warn(text)
+    for text in itertools.chain(*filled_in(run, (x for x in wanted if x in known))):
+        warn(text)
     if added:
         log.info("added     %s to %s: %s", count(len(added), "label"), args.into_run, some(added))
     else:
@@ -3566,6 +3684,8 @@ def write_into_run(
         log.info("the map of before is kept as %s", keep(run.map_path))
         if new and resolved:
             before, described = run.manifest(), resolved.manifest(features, "", args)
+            keep(run.features)
+            keep(manifest_path(run.features))
             write_features(
                 run.features,
                 features,

@@ -99,6 +99,8 @@ from create_esm_pert_features import (
     feature_words,
     find_column,
     find_data_files,
+    fingerprint,
+    gene_names,
     have,
     load_experiment,
     lock_path,
@@ -435,20 +437,6 @@ def inspect_file(
     return None
 
 
-def gene_names(file: h5py.File) -> list[str]:
-    """Gene names in order, where PerturbationDataset.get_gene_names looks for them."""
-    for name in ("gene_name", "gene_name_index", "_index", "feature"):
-        node = file.get(f"var/{name}")
-        if node is None:
-            continue
-        values = node["categories"][:][node["codes"][:]] if "codes" in node else node[:]
-        return [v.decode() if isinstance(v, bytes) else str(v) for v in values]
-    raise InputError(
-        f"{file.filename}: cell-load finds no gene names (it looks for var/gene_name and "
-        "var/_index); write the file again after adata.var.index.name = None"
-    )
-
-
 def input_width(file: h5py.File, embed_key: str | None, found: Findings) -> int:
     """Columns of obsm[embed_key] or X; notes raw counts and storage that cell-load cannot read."""
     import numpy as np
@@ -580,8 +568,26 @@ def check_splits(
             )
         both = set(held.get("val", ())) & set(held.get("test", ()))
         if both:
-            found.warnings.append(f'[fewshot."{key}"] {some(sorted(both))}: both val and test')
-    held = {x for kept in experiment.fewshot.values() for labels in kept.values() for x in labels}
+            found.warnings.append(
+                f'[fewshot."{key}"] {some(sorted(both))}: both val and test, so best.ckpt is '
+                "chosen on cells of the test. Name each once"
+            )
+        if control in {x for labels in held.values() for x in labels}:
+            found.warnings.append(
+                f'[fewshot."{key}"] names the control {control!r}, of which cell-load holds '
+                "nothing out: control cells go into every split"
+            )
+        if key in experiment.zeroshot:
+            found.warnings.append(
+                f'[fewshot."{key}"] has no effect: [zeroshot] holds out the whole cell type'
+            )
+    held = {
+        label
+        for key, kept in experiment.fewshot.items()
+        if key.partition(".")[2] in types.get(key.partition(".")[0], ())
+        for labels in kept.values()
+        for label in labels
+    }
     trained = sorted(held & set(splits["train"]))
     if trained:
         where = [
@@ -601,9 +607,10 @@ def check_splits(
             "genes are not unseen. Hold the combinations out too"
         )
     if not splits["train"]:
-        found.problems.append(
-            'no perturbed cell to train on: name a dataset under [training], e.g. NAME = "train"'
-        )
+        advice = 'name a dataset under [training], e.g. NAME = "train"'
+        if any(f.dataset in experiment.training and f.labels for f in files):
+            advice = "[zeroshot] and [fewshot] hold out all there are of [training]'s datasets"
+        found.problems.append(f"no perturbed cell to train on: {advice}")
     elif not splits["val"]:
         found.warnings.append(_no_validation_message(experiment, files, splits, control))
 
@@ -769,7 +776,8 @@ def make_features(
     resolver, resolutions = resolved.resolver, resolved.resolutions
     if found.problems or (args.dry_run and resolved.to_embed):
         log.info("%s", summary(resolutions, labels, resolver, wanted))
-        log.info("%s to compute before the training", count(len(resolved.to_embed), "gene"))
+        if resolved.to_embed:
+            log.info("%s to compute before the training", count(len(resolved.to_embed), "gene"))
         return None, {**unknown, "width": resolved.width(wanted) or 0}
     features, _ = resolved.features(wanted)
     warn_of_identical(with_vectors(resolutions, features))
@@ -2803,6 +2811,10 @@ def start(
         "ablation": plan.pert_features["ablation"],
         "python_hash_seed": os.environ.get("PYTHONHASHSEED"),
         "identity": what,
+        # what `state tx infer` takes the columns of a template for
+        "genes": None
+        if plan.stock["data"]["kwargs"]["embed_key"]
+        else fingerprint(plan.data.files[0].genes),
         "hardware": hardware(),
         "git": {
             "working_directory": git_state(Path.cwd()),

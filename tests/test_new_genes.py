@@ -110,7 +110,7 @@ def test_dry_run_names_the_labels_that_stock_would_predict_as_control(
 
 def test_dry_run_is_content_when_every_label_has_a_vector(add: Any, run: Path) -> None:
     assert add("--adata", "template.h5ad", "--dry-run") == Result(
-        0, "", f"all 2 labels have vectors of their own in {run}\n"
+        0, "", f"2 labels, none of which would be predicted as control by {run}\n"
     )
 
 
@@ -121,15 +121,141 @@ def test_dry_run_also_names_labels_with_the_vector_of_the_control(add: Any, run:
     done = add("--adata", "template.h5ad", "--dry-run")
     assert (done.code, done.err) == (
         1,
-        f"error: 1 of 2 labels with a zero vector in {run} (SIM004): state tx infer predicts them "
+        f"error: 1 label with a zero vector in {run} (SIM004): state tx infer predicts them "
         "as control, as --missing zero chose. Leave them out, or train on features that have "
         "them\n",
     )
 
 
+def test_dry_run_says_what_a_label_named_like_a_control_needs(
+    add: Any, run: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "genes.txt").write_text("SIM004\nCtrl\n")
+    refused(
+        add("--gene-list", tmp_path / "genes.txt", "--dry-run"),
+        f"1 of 2 labels not known to {run} (Ctrl): state tx infer would predict them as control. "
+        "Add them: this command without --dry-run (if Ctrl is the control, label its cells "
+        "non-targeting instead)",
+    )
+    done = add("--gene-list", tmp_path / "genes.txt")
+    assert "Ctrl: if this is the control, label its cells non-targeting, as in the run." in done.err
+
+
+def unlabelled(cells: anndata.AnnData) -> anndata.AnnData:
+    cells.obs.loc[cells.obs_names[:3], "target_gene"] = None
+    return cells
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (
+            unlabelled,
+            "{file}: 3 cells without a label in 'target_gene': state tx infer would predict them "
+            "as control. Remove them, or label them",
+        ),
+        (
+            lambda cells: cells[:, ::-1].copy(),
+            "{file} has other genes than the run, or the same in another order: state tx infer "
+            "takes its columns for the run's genes. Write it again with the genes of the training "
+            "data, in their order",
+        ),
+        (
+            lambda cells: cells[:, :25].copy(),
+            "{file} has 25 genes, not the 30 genes of the run: state tx infer takes its columns "
+            "for the run's genes. Write it again with the genes of the training data, in their "
+            "order",
+        ),
+    ],
+)
+def test_template_that_would_be_predicted_wrongly_is_named(
+    add: Any, run: Path, folder: Path, tmp_path: Path, change: Any, problem: str
+) -> None:
+    file = tmp_path / "t.h5ad"
+    change(anndata.read_h5ad(folder / "wanted.h5ad")).write_h5ad(file)
+    said = f"warning: {problem.format(file=file)}"
+    assert said in add("--adata", file).err.splitlines()
+    refused(add("--adata", file, "--dry-run"), problem.format(file=file))
+
+
+def test_genes_of_a_template_do_not_matter_to_a_run_on_an_embedding(
+    add: Any, run: Path, folder: Path, tmp_path: Path
+) -> None:
+    record = run_json(run)
+    assert record["genes"]["number"] == 30
+    (run / "run.json").write_text(json.dumps(record | {"genes": None}))  # as such a run has it
+    anndata.read_h5ad(folder / "template.h5ad")[:, :25].copy().write_h5ad(tmp_path / "t.h5ad")
+    assert add("--adata", tmp_path / "t.h5ad", "--dry-run").code == 0
+
+
 # ---------------------------------------------------------------------------------------------
 # Adding
 # ---------------------------------------------------------------------------------------------
+
+
+def test_labels_that_state_cannot_tell_apart_are_said(add: Any, run: Path, tmp_path: Path) -> None:
+    (tmp_path / "genes.txt").write_text("mine\nSIMEXTRA001\n")
+    done = add("--gene-list", tmp_path / "genes.txt", "--alias", "mine=SIM001")
+    assert done.code == 0
+    assert (
+        "warning: State cannot tell labels with the same vector apart: SIM001 = mine"
+    ) in done.err.splitlines()
+    content = load(run / "pert_onehot_map.pt")
+    assert torch.equal(content["mine"], content["SIM001"])
+    again = add("--gene-list", tmp_path / "genes.txt")
+    assert again.err == f"up to date: {run} knows all of these labels\n"
+
+
+def test_alias_of_the_run_is_that_of_its_new_combinations(
+    add: Any, run: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "genes.txt").write_text("mine\n")
+    assert add("--gene-list", tmp_path / "genes.txt", "--alias", "mine=SIMEXTRA001").code == 0
+    (tmp_path / "genes.txt").write_text("mine+SIM002\n")
+    assert add("--gene-list", tmp_path / "genes.txt").code == 0
+    content = load(run / "pert_onehot_map.pt")
+    assert torch.equal(content["mine+SIM002"], content["mine"] + content["SIM002"])
+    (tmp_path / "genes.txt").write_text("mine+SIM003\n")  # another word is that of the user
+    other = ("--alias", "mine=SIMEXTRA002", "--alias", "his=SIM001")
+    assert add("--gene-list", tmp_path / "genes.txt", *other).code == 0
+    content = load(run / "pert_onehot_map.pt")
+    expected = table()["SIMEXTRA002"] + content["SIM003"]
+    assert torch.equal(content["mine+SIM003"], expected)
+
+
+def test_labels_known_by_other_vectors_are_said(add: Any, run: Path, tmp_path: Path) -> None:
+    (tmp_path / "genes.txt").write_text("NOTHING\nSIM004\n")
+    done = add("--gene-list", tmp_path / "genes.txt", "--missing", "zero")
+    assert (done.code, "with a zero vector" in done.err) == (0, False)  # said as filled in
+    (tmp_path / "more.txt").write_text("NEITHER\n")
+    assert add("--gene-list", tmp_path / "more.txt", "--missing", "mean").code == 0
+    (tmp_path / "genes.txt").write_text("NOTHING\nSIM004\nNEITHER\n")
+    done = add("--gene-list", tmp_path / "genes.txt")
+    assert done.err == (
+        f"warning: 1 label with a zero vector in {run} (NOTHING): state tx infer predicts them as "
+        "control, as --missing zero chose. Leave them out, or train on features that have them\n"
+        f"warning: 1 label with the mean of other vectors in {run} (NEITHER), as --missing mean "
+        "chose\n"
+        f"up to date: {run} knows all of these labels\n"
+    )
+
+
+def test_kept_files_put_back_are_the_run_of_before(add: Any, run: Path, tmp_path: Path) -> None:
+    names = ("pert_onehot_map.pt", "pert_features.pt", "pert_features.pt.json")
+    before = [(run / name).read_bytes() for name in names]
+    (tmp_path / "genes.txt").write_text("mistake\n")
+    assert add("--gene-list", tmp_path / "genes.txt", "--alias", "mistake=SIM001").code == 0
+    assert [(run / name).read_bytes() == b for name, b in zip(names, before, strict=True)] == (
+        [False] * 3
+    )
+    for name in names:
+        (run / f"{name}.orig").replace(run / name)
+    assert [(run / name).read_bytes() for name in names] == before
+    assert add("--adata", "wanted.h5ad").code == 0
+    assert load(run / "pert_onehot_map.pt").keys() - {NEW} == {*SMALL.symbols} | {
+        SMALL.combination,
+        "non-targeting",
+    }
 
 
 def test_new_labels_are_added_and_known_ones_stay_bit_identical(add: Any, run: Path) -> None:
@@ -272,8 +398,9 @@ def test_missing_mean_is_over_the_genes_of_the_run_and_the_new_ones(
     assert manifest["missing"] == {"NOSUCHGENE": "'NOSUCHGENE' is in no table"}
     assert manifest["labels"]["NOSUCHGENE"] == {"how": "mean"}
     assert add("--gene-list", tmp_path / "genes.txt", "--dry-run").err == (
-        f"all 2 labels have vectors of their own in {run}\n"
-        "warning: but 1 of them the mean of others (NOSUCHGENE), by --missing mean\n"
+        f"2 labels, none of which would be predicted as control by {run}\n"
+        f"warning: 1 label with the mean of other vectors in {run} (NOSUCHGENE), as --missing mean "
+        "chose\n"
     )
     (tmp_path / "genes.txt").write_text("NOSUCHGENE2\n")  # alone
     assert add("--gene-list", tmp_path / "genes.txt", "--missing", "mean").code == 0
@@ -420,7 +547,7 @@ def test_what_is_no_trained_run_is_refused(add: Any, run: Path, tmp_path: Path) 
 def test_another_control_is_refused(add: Any) -> None:
     refused(
         add("--adata", "wanted.h5ad", "--control-pert", "NTC"),
-        "--control-pert NTC: the run's control is non-targeting",
+        "--control-pert NTC: the run's control is non-targeting; give the control cells that label",
     )
 
 

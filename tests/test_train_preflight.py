@@ -892,7 +892,10 @@ def test_embed_key_that_is_missing_is_named_with_those_that_are_there(
 
 def test_no_cell_to_train_on_is_refused(refused: Refused, ready: Path) -> None:
     toml(ready, f'{TRAIN}[zeroshot]\n"sim.simA" = "val"\n"sim.simB" = "test"\n')
-    refused('no perturbed cell to train on: name a dataset under [training], e.g. NAME = "train"')
+    refused(
+        "no perturbed cell to train on: [zeroshot] and [fewshot] hold out all there are of "
+        "[training]'s datasets"
+    )
 
 
 def with_advice(text: str, header: str, line: str) -> str:
@@ -949,6 +952,20 @@ def test_held_out_cell_type_that_no_file_has_is_refused(
     )
 
 
+def test_held_out_names_without_an_effect_are_warnings(accepted: Accepted, ready: Path) -> None:
+    zeroshot = f'{TRAIN}[zeroshot]\n"sim.simA" = "test"\n[fewshot."sim.simB"]\nval = ["SIM002"]\n'
+    toml(ready, zeroshot + '[fewshot."sim.simA"]\nval = ["SIM003"]\n')
+    accepted('[fewshot."sim.simA"] has no effect: [zeroshot] holds out the whole cell type')
+    splits = real_splits(ready)
+    assert "SIM003" not in splits["val"] and "SIM003" in splits["test"]
+    toml(ready, f'{TRAIN}[fewshot."sim.simA"]\nval = ["SIM003"]\ntest = ["non-targeting"]\n')
+    accepted(
+        "[fewshot.\"sim.simA\"] names the control 'non-targeting', of which cell-load holds "
+        "nothing out: control cells go into every split"
+    )
+    assert not real_splits(ready)["test"]
+
+
 def test_held_out_label_that_no_file_has_is_a_warning(accepted: Accepted, ready: Path) -> None:
     toml(ready, f'{TRAIN}[fewshot."sim.simA"]\nval = ["SIM003"]\ntest = ["SIM0004"]\n')
     accepted(
@@ -959,7 +976,10 @@ def test_held_out_label_that_no_file_has_is_a_warning(accepted: Accepted, ready:
 
 def test_label_that_is_both_val_and_test_is_a_warning(accepted: Accepted, ready: Path) -> None:
     toml(ready, f'{TRAIN}[fewshot."sim.simA"]\nval = ["SIM003", "SIM005"]\ntest = ["SIM005"]\n')
-    done = accepted('[fewshot."sim.simA"] SIM005: both val and test')
+    done = accepted(
+        '[fewshot."sim.simA"] SIM005: both val and test, so best.ckpt is chosen on cells of the '
+        "test. Name each once"
+    )
     assert plan(done)["val"].split()[:2] == ["24", "2"]
     assert plan(done)["test"].split()[:2] == ["12", "1"]
 
