@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -640,6 +642,10 @@ def test_several_processes_add_to_one_run(run: Path, tmp_path: Path) -> None:
         time.sleep(0.3)
         assert all(p.poll() is None for p in processes)
     assert [p.wait(60) for p in processes] == [0, 0, 0, 0]
+    for gene in ours:
+        waited = f"waiting for at most 60 s: process {os.getpid()} on {platform.node()}, since "
+        said = (tmp_path / f"{gene}.err").read_text()
+        assert waited in said and f" is testing {run}; let it finish\n" in said
     for name in ("pert_onehot_map.pt", "pert_features.pt"):
         content = load(run / name)
         assert {*ours, "SIMEXTRA009"} == content.keys() - {*SMALL.symbols} - {
