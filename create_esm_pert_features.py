@@ -192,6 +192,12 @@ def count(n: int, noun: str) -> str:
     return f"{n:,} {noun}" + ("" if n == 1 else "s")
 
 
+def short(value: object) -> str:
+    """A value as shown in a message: of a hash the first digits."""
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:12]}..."
+
+
 def have(n: int) -> str:
     """The verb after 'n of 3 labels'."""
     return "has" if n == 1 else "have"
@@ -3490,7 +3496,8 @@ def check_same_model(
     recipe = asdict(choose_recipe(resolved.checkpoint, args))
     recipes = [{k: s[k] for k in recipe} for s in kept if "weights_sha256" in s]
     if recipes and recipe not in recipes:
-        changed = [f"{k} {recipes[0][k]} -> {v}" for k, v in recipe.items() if recipes[0][k] != v]
+        old = recipes[0]
+        changed = [f"{k} {short(old[k])} -> {short(v)}" for k, v in recipe.items() if old[k] != v]
         raise InputError(
             f"the features of {args.into_run} were computed otherwise ({'; '.join(changed)}): "
             "vectors of another model would mean nothing to it. Leave the options of the model out"
@@ -4051,7 +4058,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(words)
     if not (args.from_toml or args.gene_list or args.adata or args.all_genes):
-        parser.error("no labels: give --from-toml, --gene-list, --adata or --all-genes")
+        every = "" if args.into_run else ", or --all-genes"
+        parser.error(f"no labels: give --from-toml, --gene-list or --adata{every}")
     if args.output is None and args.into_run is None:
         parser.error("--output FILE is required")
     if args.into_run:

@@ -121,6 +121,7 @@ from create_esm_pert_features import (
     run_lock,
     say_options_of_toml,
     sha256_of,
+    short,
     some,
     start_log,
     summary,
@@ -1695,8 +1696,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, 
     shown = {}
     for part, key in changed:
         name = key if part == "settings" else f"{part} {key}"
-        values = [str(d.get((part, key), "none")) for d in (old, new)]
-        shown[name] = " -> ".join(v if len(v) <= 40 else v[:12] + "..." for v in values)
+        shown[name] = " -> ".join(short(d.get((part, key), "none")) for d in (old, new))
     return shown
 
 

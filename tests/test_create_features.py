@@ -647,7 +647,7 @@ def test_a_dry_run_fails_where_the_run_would(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((*IN_TABLE, *OUT), "no labels: give --from-toml, --gene-list, --adata or --all-genes"),
+        ((*IN_TABLE, *OUT), "no labels: give --from-toml, --gene-list or --adata, or --all-genes"),
         (("--all-genes", *IN_TABLE), "--output FILE is required"),
         (("--all", *IN_TABLE, *OUT), "unrecognized arguments: --all"),
         (("--gene", "g.txt", *IN_TABLE, *OUT), "unrecognized arguments: --gene g.txt"),

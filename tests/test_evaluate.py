@@ -126,6 +126,7 @@ def test_norman_split_has_genes_of_both_groups(tmp_path: Path) -> None:
     shared = {"MAP2K3", "MAP2K6", "MAP3K21", "MAP4K3", "MAP4K5", "MAPK1", "PLK4", "SGK1", "TGFBR2"}
     labels = [*sorted(shared), "HK2", "KMT2A", "NIT1", "KLF1+MAP2K6", "control"]
     obs = pd.DataFrame({"perturbation": labels}, dtype="category", index=labels)
+    obs["cell_type"] = [[*HELD_OUT][i % 4] for i in range(len(labels))]
     var = pd.DataFrame(index=pd.Index(["TP53"], name="gene"))
     anndata.AnnData(np.zeros((len(labels), 1)), obs, var).write_h5ad(tmp_path / "cells.h5ad")
     study = evaluate.norman(tmp_path / "cells.h5ad", None, tmp_path / "out")
@@ -133,6 +134,19 @@ def test_norman_split_has_genes_of_both_groups(tmp_path: Path) -> None:
     assert study.methods == ("onehot", "perturb_mean", "context_mean")
     with_table = evaluate.norman(tmp_path / "cells.h5ad", study.table, tmp_path / "out")
     assert with_table.methods == ("real", "shuffle", *study.methods)
+    del obs["cell_type"]
+    anndata.AnnData(np.zeros((len(labels), 1)), obs, var).write_h5ad(tmp_path / "other.h5ad")
+    for name, message in (
+        ("none.h5ad", "error: no file {}"),
+        (
+            "other.h5ad",
+            "error: {} is not the Norman/McFaline file: its cells are to have obs columns "
+            "perturbation and cell_type, with the cell types k562, A172, T98G, U87MG",
+        ),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            evaluate.norman(tmp_path / name, None, tmp_path / "out")
+        assert stop.value.code == message.format(tmp_path / name)
     config = tomllib.loads(study.toml.read_text())
     held = {k.removeprefix("norman."): set(v["test"]) for k, v in config["fewshot"].items()}
     assert held == {k: set(v) for k, v in HELD_OUT.items()}

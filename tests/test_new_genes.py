@@ -553,6 +553,12 @@ def test_another_control_is_refused(add: Any) -> None:
     )
 
 
+def test_a_run_alone_names_no_labels(add: Any) -> None:
+    done = add()
+    assert done.code == 2
+    assert done.err.endswith("error: no labels: give --from-toml, --gene-list or --adata\n")
+
+
 @pytest.mark.parametrize(
     "words",
     [("--output", "o.pt"), ("--ablation", "shuffle"), ("--report", "r.tsv"), ("--all-genes",)],
@@ -604,7 +610,7 @@ def test_new_gene_is_computed_by_the_model_of_the_run(
         (("--layer", 1), "layer 2 -> 1"),
         (("--precision", "bfloat16"), "precision float32 -> bfloat16"),
     ):
-        hashes = [script.sha256_of(folder / name) for name in ("m.pt", "m2.pt")]
+        hashes = [f"{script.sha256_of(folder / name)[:12]}..." for name in ("m.pt", "m2.pt")]
         refused(
             add(*new, *other, into=esm),
             f"the features of {esm} were computed otherwise ({changed.format(*hashes)}): vectors "

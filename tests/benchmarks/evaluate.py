@@ -14,9 +14,9 @@ cell-eval 0.8 compares mean expression over the cells of a pair:
 pearson_delta
     Correlation over genes of predicted and true effect. The predicted effect is the prediction less
     what the same model predicts for control cells, the true one is less the true controls; as
-    context_mean returns the true controls, its effects share their noise, which where effects are
-    weak gives 0.5 by itself. A constant effect has no correlation: NaN, counted and shown. One that
-    is a mere draw of controls has about 0.
+    context_mean predicts the true ones for control cells, its effects share their noise, which
+    where effects are weak gives 0.5 by itself. A constant effect has no correlation: NaN, counted
+    and shown. One that is a mere draw of controls has about 0.
 mse
     Of predicted and true mean expression, not of the effects: a model that predicts control cells
     badly, too, has a high one although its effects, less those controls, may be right.
@@ -108,9 +108,17 @@ def norman(data: Path, table: Path | None, folder: Path) -> Study:
     import anndata
     import torch
 
+    if not data.is_file():
+        raise SystemExit(f"error: no file {data}")
+    cells = anndata.read_h5ad(data)
+    columns = {"perturbation", "cell_type"} <= set(cells.obs)
+    if not (columns and set(HELD_OUT) <= set(cells.obs["cell_type"])):
+        raise SystemExit(
+            f"error: {data} is not the Norman/McFaline file: its cells are to have obs columns "
+            f"perturbation and cell_type, with the cell types {', '.join(HELD_OUT)}"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     toml, copy = folder / "norman.toml", folder / "norman.h5ad"
-    cells = anndata.read_h5ad(data)
     cells.obs.index.name = cells.var.index.name = None  # where cell-load looks for gene names
     cells.write_h5ad(copy)
     lines = ["[datasets]", f"norman = {json.dumps(str(copy.resolve()))}"]
@@ -126,9 +134,9 @@ def norman(data: Path, table: Path | None, folder: Path) -> Study:
         labels = cells.obs["perturbation"].unique()
         genes = sorted({gene for label in labels for gene in label.split("+")})
         torch.save(dict(zip(genes, torch.eye(len(genes)), strict=True)), table)
-    columns = ("--pert-col", "perturbation", "--control-pert", "control")
+    named = ("--pert-col", "perturbation", "--control-pert", "control")
     training = ("--batch-col", "cell_type", *SMALL_MODEL)
-    return Study("Norman/McFaline", folder, toml, table.resolve(), methods, columns, training)
+    return Study("Norman/McFaline", folder, toml, table.resolve(), methods, named, training)
 
 
 def one_run(study: Study, method: str, seed: int, steps: int) -> Path:
