@@ -891,10 +891,12 @@ def big_folder(folder: Path, big: Path) -> Path:
     return folder
 
 
-def start_rewriting(folder: Path, words: tuple[str, ...], *more: str) -> subprocess.Popen[str]:
+def start_rewriting(
+    folder: Path, words: tuple[str, ...], *more: str, stderr: Any = subprocess.PIPE
+) -> subprocess.Popen[str]:
     command = [sys.executable, str(ROOT / "train_with_esm_features.py"), *words, *more]
     command += ["--max-steps", "1", "--fast-loading", *TINY]
-    return subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=folder, stderr=stderr, text=True)
 
 
 def wait_for_half_a_copy(process: subprocess.Popen[str], cache: Path) -> Path:
@@ -941,14 +943,26 @@ def test_sigterm_while_rewriting_exits_143_and_leaves_nothing(
 def test_two_runs_at_once_write_one_copy_and_both_finish(
     big_folder: Path, words: tuple[str, ...]
 ) -> None:
-    cache = big_folder / "runs/data_cache"
+    cache, waited = big_folder / "runs/data_cache", "another process is rewriting"
     first = start_rewriting(big_folder, words, "--name", "first")
-    second = start_rewriting(big_folder, words, "--name", "second")
-    said = [p.communicate(timeout=300)[1] for p in (first, second)]
+    half = wait_for_half_a_copy(first, cache)
+    first.send_signal(signal.SIGSTOP)  # until the second has found it at work
+    try:
+        assert half.exists()
+        with (big_folder / "second.err").open("w+") as err:
+            second = start_rewriting(big_folder, words, "--name", "second", stderr=err)
+            limit = time.monotonic() + 120
+            while waited not in (big_folder / "second.err").read_text():
+                assert second.poll() is None and time.monotonic() < limit
+                time.sleep(0.05)
+    finally:
+        first.send_signal(signal.SIGCONT)
+    said = [first.communicate(timeout=300)[1]]
+    second.wait(timeout=300)
+    said.append((big_folder / "second.err").read_text())
     assert (first.returncode, second.returncode) == (0, 0), said
     assert [s.count("rewriting 1 file of data") for s in said] == [1, 1]
-    waited = "another process is rewriting"
-    assert sum(s.count(waited) for s in said) == 1
+    assert [s.count(waited) for s in said] == [0, 1]
     (copy,) = cache.glob("[!.]*")
     assert list(cache.glob("*.tmp")) == []
     for name in ("first", "second"):
