@@ -248,6 +248,12 @@ def assert_stopped_and_saved(run: Run, run_dir: Path, name: str) -> int:
     return step
 
 
+def step_reached(run_dir: Path) -> int:
+    """Of a killed run: best.ckpt is written before last.ckpt, so any may be the latest."""
+    checkpoints = (run_dir / "checkpoints").glob("*.ckpt")
+    return max((torch.load(p, weights_only=True)["global_step"] for p in checkpoints), default=0)
+
+
 def assert_finished(run: Run, run_dir: Path, step: int) -> None:
     assert run.wait() == 0, run.err
     assert run.out_file.read_text() == f"{run_dir}\n"
@@ -541,10 +547,7 @@ def test_kill_9_at_any_moment_is_resumed_to_the_end(
         assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
         for path in checkpoints.glob("*.ckpt"):
             torch.load(path, weights_only=True)
-    reached = max(
-        (torch.load(p, weights_only=True)["global_step"] for p in checkpoints.glob("*.ckpt")),
-        default=0,
-    )
+    reached = step_reached(run_dir)
     run = begin("--max-steps", reached + 3, "--resume")
     assert_finished(run, run_dir, reached + 3)
     for path in checkpoints.glob("*.ckpt"):
@@ -578,7 +581,7 @@ def test_held_run_is_refused_at_once_and_taken_over_when_its_holder_is_killed(
     first.send(signal.SIGKILL)
     first.wait()
     (here / "away.h5ad").rename(here / "sim.h5ad")
-    reached = checkpoint(run_dir, "last")["global_step"]
+    reached = step_reached(run_dir)
     run = begin("--max-steps", reached + 1, "--resume", cwd=here)
     assert_finished(run, run_dir, reached + 1)
     again = begin("--max-steps", reached + 1, "--val-freq", 2, "--num-workers", 0, cwd=here)
