@@ -3022,13 +3022,11 @@ def check_missing(
     also += suggest_form(missing, resolver)
     controls = [p.name for r in missing for p in r.parts if p.kind == CONTROL_NAMED]
     if controls:
-        also += (
-            f" {some(dict.fromkeys(controls))}: if this is the control, --control-pert "
-            f"{shlex.quote(controls[0])}; only one label can be, so give its cells that one."
-            if args.into_run is None
-            else f" {some(dict.fromkeys(controls))}: if this is the control, label its cells "
-            f"{labels.control}, as in the run."
-        )
+        advice = f"label its cells {labels.control}, as in the run"
+        if args.into_run is None:
+            advice = f"--control-pert {shlex.quote(controls[0])}; only one label can be, so give "
+            advice += "its cells that one"
+        also += f" {some(dict.fromkeys(controls))}: if this is the control, {advice}."
     unclear = {str(p.reason): " or ".join(p.paste) for r in missing for p in r.parts if p.paste}
     if unclear and len(missing) > 1:
         also += f" {some(unclear, 3)}."
@@ -3318,8 +3316,6 @@ class TrainedRun:
         The working directory of its training.
     genes
         `fingerprint` of the genes of X that it was trained on; None if it reads an embedding.
-    shown
-        The folder as the user named it.
     """
 
     folder: Path
@@ -3327,7 +3323,6 @@ class TrainedRun:
     pert_col: str
     started_in: Path
     genes: Mapping[str, Any] | None
-    shown: Path
 
     def file(self, path: str) -> str:
         """A file that its features were made of: seen from here, or from where it was started."""
@@ -3396,7 +3391,7 @@ def open_run(folder: Path) -> TrainedRun:
         raise InputError(f"{folder} is no run of train_with_esm_features.py: it has no run.json")
     started_in = Path(record["starts"][-1].get("folder", "."))
     genes = record.get("genes")
-    run = TrainedRun(folder.resolve(), str(control), str(column), started_in, genes, folder)
+    run = TrainedRun(folder.resolve(), str(control), str(column), started_in, genes)
     if not run.map_path.is_file():
         raise InputError(f"{folder} has no {run.map_path.name}: its training has not begun")
     return run
@@ -3567,7 +3562,7 @@ def check_template(run: TrainedRun, labels: Labels, args: argparse.Namespace) ->
             f"{len(unknown):,} of {total} not known to {args.into_run} ({some(unknown)}): state "
             f"tx infer would predict them as control. {remedy}"
         )
-    zeros, filled = filled_in(run, labels.names)
+    zeros, filled = filled_in(run, wanted, known, args)
     problems += zeros
     if problems:
         raise one_error(problems)
@@ -3577,26 +3572,32 @@ def check_template(run: TrainedRun, labels: Labels, args: argparse.Namespace) ->
     return 0
 
 
-def filled_in(run: TrainedRun, names: Iterable[str]) -> tuple[list[str], list[str]]:
-    """What to say of labels that the run knows by zeros, and by vectors not their own."""
-    known, manifest = run.vectors(run.map_path), read_manifest(run.features) or {}
+def filled_in(
+    run: TrainedRun,
+    names: Iterable[str],
+    known: Mapping[str, torch.Tensor],
+    args: argparse.Namespace,
+) -> tuple[list[str], list[str]]:
+    """What to say of labels that are known by zeros, and by vectors not their own."""
+    manifest = read_manifest(run.features) or {}
     there = [x for x in names if x != run.control and x in known]
     zeros = [x for x in there if not known[x].any()]
     means = [x for x in there if x in manifest.get("missing", {}) and x not in zeros]
     zero_texts, texts = [], []
     if zeros:
         zero_texts.append(
-            f"{count(len(zeros), 'label')} with a zero vector in {run.shown} ({some(zeros)}): "
+            f"{count(len(zeros), 'label')} with a zero vector in {args.into_run} ({some(zeros)}): "
             "state tx infer predicts them as control, as --missing zero chose. Leave them out, or "
             "train on features that have them"
         )
     if means:
         texts.append(
-            f"{count(len(means), 'label')} with the mean of other vectors in {run.shown} "
+            f"{count(len(means), 'label')} with the mean of other vectors in {args.into_run} "
             f"({some(means)}), as --missing mean chose"
         )
     if manifest.get("ablation"):
-        texts.append(f"{run.shown} was trained on an ablation ({manifest['ablation']['kind']})")
+        kind = manifest["ablation"]["kind"]
+        texts.append(f"{args.into_run} was trained on an ablation ({kind})")
     return zero_texts, texts
 
 
@@ -3636,7 +3637,7 @@ def add_to_run(args: argparse.Namespace) -> int:
         added = write_into_run(run, found, resolved, args)
     for text in problems_of_templates(run, args):
         warn(text)
-    for text in itertools.chain(*filled_in(run, (x for x in wanted if x in known))):
+    for text in itertools.chain(*filled_in(run, wanted, known, args)):
         warn(text)
     if added:
         log.info("added     %s to %s: %s", count(len(added), "label"), args.into_run, some(added))
@@ -4072,7 +4073,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         more = []
         if args.into_run and not args.dry_run:
             more = options_of_run(args.into_run, words)
-        in_toml = options_of_toml(args.from_toml, [*words, *more])
+        # aliases of a TOML are added to those of the run
+        over = [*words, *(w for w in more if not w.startswith("--alias="))]
+        in_toml = options_of_toml(args.from_toml, over)
         say_options_of_toml(args.from_toml, in_toml)
         more += in_toml
         whole = parser.parse_args([*more, *words])

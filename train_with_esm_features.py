@@ -69,7 +69,7 @@ import threading
 import time
 import uuid
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -561,34 +561,7 @@ def check_splits(
                 f"{key!r}: no file of dataset {dataset!r} has the cell type {cell_type!r}"
                 f"{did_you_mean(cell_type, types[dataset])}; cell types: {some(types[dataset])}"
             )
-    for key, held in experiment.fewshot.items():
-        for label in sorted({x for labels in held.values() for x in labels} - everything):
-            found.warnings.append(
-                f'[fewshot."{key}"] {label!r} is in no file: probably a typo'
-                f"{did_you_mean(label, everything)}"
-            )
-        both = set(held.get("val", ())) & set(held.get("test", ()))
-        if both:
-            found.warnings.append(
-                f'[fewshot."{key}"] {some(sorted(both))}: both val and test, so best.ckpt is '
-                "chosen on cells of the test. Name each once"
-            )
-        if control in {x for labels in held.values() for x in labels}:
-            found.warnings.append(
-                f'[fewshot."{key}"] names the control {control!r}, of which cell-load holds '
-                "nothing out: control cells go into every split"
-            )
-        if key in experiment.zeroshot:
-            found.warnings.append(
-                f'[fewshot."{key}"] has no effect: [zeroshot] holds out the whole cell type'
-            )
-    held = {
-        label
-        for key, kept in experiment.fewshot.items()
-        if key.partition(".")[2] in types.get(key.partition(".")[0], ())
-        for labels in kept.values()
-        for label in labels
-    }
+    held = _names_held_out(experiment, types, everything, control, found)
     trained = sorted(held & set(splits["train"]))
     if trained:
         where = [
@@ -614,6 +587,43 @@ def check_splits(
         found.problems.append(f"no perturbed cell to train on: {advice}")
     elif not splits["val"]:
         found.warnings.append(_no_validation_message(experiment, files, splits, control))
+
+
+def _names_held_out(
+    experiment: ExperimentConfig,
+    types: Mapping[str, Sequence[str]],
+    everything: Collection[str],
+    control: str,
+    found: Findings,
+) -> set[str]:
+    """Labels that [fewshot] holds out of a cell type that is there; notes those without effect."""
+    held = set()
+    for key, kept in experiment.fewshot.items():
+        named = {x for labels in kept.values() for x in labels}
+        dataset, _, cell_type = key.partition(".")
+        if cell_type in types.get(dataset, ()):
+            held |= named
+        for label in sorted(named.difference(everything)):
+            found.warnings.append(
+                f'[fewshot."{key}"] {label!r} is in no file: probably a typo'
+                f"{did_you_mean(label, everything)}"
+            )
+        both = set(kept.get("val", ())) & set(kept.get("test", ()))
+        if both:
+            found.warnings.append(
+                f'[fewshot."{key}"] {some(sorted(both))}: both val and test, so best.ckpt is '
+                "chosen on cells of the test. Name each once"
+            )
+        if control in named:
+            found.warnings.append(
+                f'[fewshot."{key}"] names the control {control!r}, of which cell-load holds '
+                "nothing out: control cells go into every split"
+            )
+        if key in experiment.zeroshot:
+            found.warnings.append(
+                f'[fewshot."{key}"] has no effect: [zeroshot] holds out the whole cell type'
+            )
+    return held
 
 
 def parts_of_cell_types(

@@ -225,6 +225,20 @@ def test_alias_of_the_run_is_that_of_its_new_combinations(
     assert torch.equal(content["mine+SIM003"], expected)
 
 
+def test_aliases_of_a_toml_are_added_to_those_of_the_run(
+    add: Any, run: Path, folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "genes.txt").write_text("mine\n")
+    assert add("--gene-list", tmp_path / "genes.txt", "--alias", "mine=SIMEXTRA001").code == 0
+    text = (folder / "config.toml").read_text() + '[features]\nalias = ["his=SIMEXTRA002"]\n'
+    (tmp_path / "c.toml").write_text(text)
+    (tmp_path / "genes.txt").write_text("his+mine\n")
+    done = add("--from-toml", tmp_path / "c.toml", "--gene-list", tmp_path / "genes.txt")
+    assert done.code == 0, done.err
+    content = load(run / "pert_onehot_map.pt")
+    assert torch.equal(content["his+mine"], table()["SIMEXTRA002"] + content["mine"])
+
+
 def test_labels_known_by_other_vectors_are_said(add: Any, run: Path, tmp_path: Path) -> None:
     (tmp_path / "genes.txt").write_text("NOTHING\nSIM004\n")
     done = add("--gene-list", tmp_path / "genes.txt", "--missing", "zero")
