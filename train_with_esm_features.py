@@ -84,6 +84,7 @@ from create_esm_pert_features import (
     InputError,
     Labels,
     Stopped,
+    Unreadable,
     __version__,
     add_feature_options,
     add_labels_found,
@@ -99,8 +100,10 @@ from create_esm_pert_features import (
     feature_words,
     find_column,
     find_data_files,
+    find_unreadable,
     fingerprint,
     gene_names,
+    gene_names_node,
     have,
     load_experiment,
     lock_path,
@@ -112,10 +115,12 @@ from create_esm_pert_features import (
     one_error,
     open_h5ad,
     options_of_toml,
-    read_categories,
+    read_column,
     read_json,
+    read_labels,
     read_manifest,
     read_torch,
+    read_values,
     require_control,
     resolve_labels,
     run_lock,
@@ -124,6 +129,8 @@ from create_esm_pert_features import (
     short,
     some,
     start_log,
+    storage_problems,
+    stored_as,
     summary,
     trained_sha256,
     warn,
@@ -356,6 +363,8 @@ class DataFile:
         The file carries uns/log1p.
     grouped
         The cells of a (cell type, label) stand together, as stock's consecutive loading needs.
+    unreadable
+        Nodes that cell-load cannot read as they are stored.
     """
 
     dataset: str
@@ -367,6 +376,7 @@ class DataFile:
     width: int
     log1p: bool
     grouped: bool
+    unreadable: Sequence[Unreadable] = ()
 
 
 def find_columns(
@@ -396,18 +406,16 @@ def find_columns(
 
 
 def inspect_file(
-    dataset: str, path: Path, columns: Columns, embed_key: str | None, found: Findings
+    dataset: str, path: Path, columns: Columns, kwargs: Mapping[str, Any], found: Findings
 ) -> DataFile | None:
     """Read the metadata of a data file and note what cell-load would trip over."""
     import numpy as np
 
     with found.collect(), open_h5ad(path) as file:
-        labels = read_categories(file, columns.pert)
-        cell_types = read_categories(file, columns.cell_type)
+        labels, label_codes = read_labels(file, columns.pert)
+        cell_types, type_codes = read_labels(file, columns.cell_type)
         with found.collect():
             require_control(columns.control, labels, path, columns.pert)
-        label_codes = file["obs"][columns.pert]["codes"][:].astype(np.int64)
-        type_codes = file["obs"][columns.cell_type]["codes"][:].astype(np.int64)
         unlabelled = int((label_codes < 0).sum())
         if unlabelled:
             what = f"; cell-load would train them as {labels[-1]!r}" if labels else ""
@@ -431,39 +439,106 @@ def inspect_file(
             cell_types=cell_types,
             cells=cells.reshape(len(cell_types), len(labels)),
             genes=gene_names(file),
-            width=input_width(file, embed_key, found),
+            width=input_width(file, kwargs, found),
             log1p="uns" in file and "log1p" in file["uns"],
             grouped=int((np.diff(groups) != 0).sum()) < len(np.unique(groups)),
+            unreadable=find_unreadable(file, nodes_read(file, columns, kwargs)),
         )
     return None
 
 
-def input_width(file: h5py.File, embed_key: str | None, found: Findings) -> int:
-    """Columns of obsm[embed_key] or X; notes raw counts and storage that cell-load cannot read."""
-    import numpy as np
+def nodes_read(file: h5py.File, columns: Columns, kwargs: Mapping[str, Any]) -> dict[str, str]:
+    """{node: what is read there}, as `CELL_LOAD_READS` has it, of all that cell-load opens.
 
+    Parameters
+    ----------
+    kwargs
+        Of the data module.
+    """
+    names = gene_names_node(file)
+    nodes = {
+        f"obs/{columns.pert}": "labels",
+        f"obs/{columns.cell_type}": "labels",
+        f"obs/{columns.batch}": "column" if columns.batch else "",
+        **{f"obs/{name}": "column" for name in kwargs.get("additional_obs") or ()},
+        "obs/_index": "names" if kwargs.get("barcode") else "",
+        str(names): "gene names" if names == "var/gene_name" else "names",
+        **{name: "X" if name == "X" else "matrix" for name in matrices_read(kwargs)},
+    }
+    if kwargs["output_space"] == "gene":
+        mask = "var/highly_variable"
+        nodes |= {mask: "mask"} if file.get(mask) is not None else {"uns/hvg_names": "names"}
+    return {name: what for name, what in nodes.items() if what}
+
+
+SAMPLE = 100_000
+"""Values of a matrix that are looked at."""
+
+LOG1P_MAXIMUM = 15
+"""Above it cell-load takes values for counts (cell_load.utils.data_utils.suspected_log_torch)."""
+
+
+def input_width(file: h5py.File, kwargs: Mapping[str, Any], found: Findings) -> int:
+    """Columns of obsm[embed_key] or X; notes values of X that are not log1p."""
+    embed_key = kwargs["embed_key"]
     where = f"obsm/{embed_key}" if embed_key else "X"
     node = file.get(where)
-    if node is None:
+    if node is None or stored_as(node) == "null":
         there = some(sorted(file.get("obsm", ()))) or "none"
+        layers = sorted(file.get("layers", ()))
+        if layers and not embed_key:
+            raise InputError(
+                f"{file.filename} has no X, but layers: {some(layers)}. Write it again after "
+                f"adata.X = adata.layers[{layers[0]!r}], log1p-normalised (scanpy.pp."
+                f"normalize_total, then scanpy.pp.log1p), or choose with --embed-key; obsm: {there}"
+            )
         raise InputError(f"{file.filename} has no {where}; obsm: {there}. Choose with --embed-key")
-    width = int(node.attrs["shape"][1] if "shape" in node.attrs else node.shape[1])
-    if embed_key:
-        return width
-    encoding = node.attrs.get("encoding-type", "none")
-    if encoding not in ("csr_matrix", "array"):
-        raise InputError(
-            f"{file.filename}: X is stored as {encoding}; cell-load reads csr_matrix or a dense "
-            "array. Write the file again with adata.X = adata.X.tocsr()"
+    for name in matrices_read(kwargs):
+        if name in ("X", "obsm/X_hvg") and is_matrix(file.get(name)):
+            check_log1p(file, name, found)
+    return matrix_shape(node)[1]
+
+
+def check_log1p(file: h5py.File, name: str, found: Findings) -> None:
+    """Look at a sample of expression values, from all over the matrix."""
+    import numpy as np
+
+    node = file[name]
+    pieces = 10
+    values = node["data"] if is_sparse(node) else node
+    if not values.shape[0]:
+        return
+    each = SAMPLE // pieces if is_sparse(node) else max(1, SAMPLE // pieces // values.shape[1])
+    starts = np.linspace(0, max(0, values.shape[0] - each), pieces).astype(int)
+    sample = np.concatenate([values[i : i + each].ravel() for i in dict.fromkeys(starts)])
+    if not np.isfinite(sample).all():
+        found.problems.append(
+            f"{file.filename}: {name} holds NaN or infinite values; the loss would become NaN"
         )
-    sample = node["data"][:100_000] if encoding == "csr_matrix" else node[:100]
+        return
+    found.warnings += [f"{file.filename}: {name} {doubt}" for doubt in not_log1p(sample)]
+
+
+def not_log1p(sample: np.ndarray) -> list[str]:
+    """What speaks against log1p-normalised expression in some values of it."""
+    import numpy as np
+
     values = sample[sample != 0]
-    if values.size and np.array_equal(values, np.round(values)):
-        found.warnings.append(
-            f"{file.filename}: X looks like raw counts (whole numbers up to {values.max():g}); "
-            "State expects log1p-normalised values: scanpy.pp.normalize_total, then scanpy.pp.log1p"
-        )
-    return width
+    if not values.size:
+        return []
+    expects = "State expects log1p-normalised values: scanpy.pp.normalize_total, then "
+    expects += "scanpy.pp.log1p"
+    low, high = values.min(), values.max()
+    if low < 0:
+        return [f"has negative values (down to {low:.3g}), as scaled data have; {expects}"]
+    if np.array_equal(values, np.round(values)):
+        return [f"looks like raw counts (whole numbers up to {high:g}); {expects}"]
+    if high > LOG1P_MAXIMUM:
+        return [
+            f"has values up to {high:.4g}, above the {LOG1P_MAXIMUM} that log1p-normalised ones "
+            f"stay below; {expects}"
+        ]
+    return []
 
 
 def check_genes(files: Sequence[DataFile], found: Findings) -> None:
@@ -1006,14 +1081,21 @@ def check_consecutive(data: Data, stock: Mapping[str, Any], found: Findings) -> 
 
 
 def matrix_shape(node: h5py.Group | h5py.Dataset) -> tuple[int, int]:
-    """(cells, columns) of a dense or CSR matrix of an .h5ad file."""
-    rows, columns = node.attrs["shape"] if is_sparse(node) else node.shape
-    return int(rows), int(columns)
+    """(cells, columns) of a matrix of an .h5ad file, however it is stored."""
+    if stored_as(node) == "dataframe":
+        return len(read_values(node[node.attrs["_index"]])), len(node.attrs["column-order"])
+    shape = tuple(node.attrs.get("shape", ()) if is_sparse(node) else getattr(node, "shape", ()))
+    if len(shape) != 2:
+        raise InputError(
+            f"{node.file.filename}: {node.name.strip('/')} is no matrix that cell-load can read; "
+            "write the file again with a current anndata"
+        )
+    return int(shape[0]), int(shape[1])
 
 
 def is_matrix(node: Any) -> bool:
     """A dense or compressed sparse matrix, as opposed to nothing or a data frame in obsm."""
-    return node is not None and (is_sparse(node) or getattr(node, "ndim", 0) == 2)
+    return node is not None and (is_sparse(node) or len(getattr(node, "shape", None) or ()) == 2)
 
 
 def is_sparse(node: h5py.Group | h5py.Dataset) -> bool:
@@ -1038,9 +1120,9 @@ def plan_fast_loading(
             lost = [n for n in names if n and n not in file["obs"]]
             if lost:
                 raise InputError(f"{f.path} has no obs column {some(lost)}")
-            nodes = [file[m] for m in matrices if is_matrix(file.get(m))]
+            nodes = [file[m] for m in matrices if file.get(m) is not None]
             plain = all(isinstance(n, h5py.Dataset) and n.chunks is None for n in nodes)
-            if f.grouped if layout == "sorted" else plain:
+            if not f.unreadable and (f.grouped if layout == "sorted" else plain):
                 continue
             size = sum(_copy_bytes(n, layout) for n in nodes) + 100 * int(f.cells.sum())
             made_of = {
@@ -1049,6 +1131,7 @@ def plan_fast_loading(
                 **data_file_origin(f.path.absolute()),
                 "obs": names,
                 "matrices": matrices,
+                **({"rewritten": [n.node for n in f.unreadable]} if f.unreadable else {}),
             }
             key = hashlib.sha256(as_json(made_of)).hexdigest()[:12]
             target = folder / f"{f.path.stem}-{layout}-{key}" / f.path.name
@@ -1165,15 +1248,24 @@ def write_copy(
             order = cell_order(source, columns)
             if layout == "dense":
                 order = np.arange(len(order))
-            copy_obs(source, target, copy.made_of["obs"], order)
+            rewritten = copy.made_of.get("rewritten", ())
+            copy_obs(source, target, copy.made_of["obs"], rewritten, order)
             source.copy("var", target)
             for name in {"log1p", "hvg_names"} & set(source.get("uns", ())):
                 source.copy(f"uns/{name}", target.require_group("uns"))
                 target["uns"].attrs.update({"encoding-type": "dict", "encoding-version": "0.1.0"})
+            for name in {n for n in rewritten if n.startswith(("var/", "uns/"))}:
+                del target[name]
+                values = read_values(source[name])
+                is_mask = name == "var/highly_variable"
+                write_values(target, name, values.astype(bool) if is_mask else values)
             for name in sorted({"X", "obsm/X_hvg", *copy.made_of["matrices"]}):
-                if not is_matrix(source.get(name)):
+                if name in rewritten:
+                    with plain_matrix(source[name]) as matrix:
+                        copy_matrix(matrix, target, name, np.argsort(order), layout, advance)
+                elif not is_matrix(source.get(name)):
                     continue
-                if name in copy.made_of["matrices"]:
+                elif name in copy.made_of["matrices"]:
                     copy_matrix(source[name], target, name, np.argsort(order), layout, advance)
                 else:  # only its shape is read; whoever reads more gets NaN, not zeros
                     shape = matrix_shape(source[name])
@@ -1197,23 +1289,30 @@ def cell_order(file: h5py.File, columns: Columns) -> np.ndarray:
     """
     import numpy as np
 
-    types, labels = (file["obs"][c]["codes"][:] for c in (columns.cell_type, columns.pert))
+    types, labels = (read_column(file, c)[1] for c in (columns.cell_type, columns.pert))
     return np.lexsort((np.random.default_rng(ORDER_SEED).random(len(labels)), labels, types))
 
 
-def copy_obs(source: h5py.File, target: h5py.File, names: Sequence[str], order: np.ndarray) -> None:
-    """Copy obs columns and cell names, cells in `order`."""
+def copy_obs(
+    source: h5py.File,
+    target: h5py.File,
+    names: Sequence[str],
+    rewritten: Collection[str],
+    order: np.ndarray,
+) -> None:
+    """Copy obs columns and cell names, cells in `order`; `rewritten` nodes in a plain form."""
     import h5py
 
     obs = target.create_group("obs")
     for name in [*names, *({"_index"} & set(source["obs"]))]:
+        if f"obs/{name}" in rewritten:
+            if name == "_index":
+                write_values(obs, name, read_values(source["obs"][name])[order])
+            else:
+                write_categorical(obs, name, *read_column(source, name), order)
+            continue
         source.copy(f"obs/{name}", obs)
-        values = obs[name].get("codes") if isinstance(obs[name], h5py.Group) else obs[name]
-        if values is None:
-            raise InputError(
-                f"{source.filename}: cell-load cannot read obs column {name!r} as it is stored; "
-                f"write the file again after adata.obs[{name!r}] = adata.obs[{name!r}].astype(str)"
-            )
+        values = obs[name]["codes"] if isinstance(obs[name], h5py.Group) else obs[name]
         values[...] = values[:][order]
     if "_index" not in obs:  # the names that cell-load makes up, so that they stay with their cells
         made_up = [f"cell_{i:06d}" for i in order]
@@ -1221,6 +1320,56 @@ def copy_obs(source: h5py.File, target: h5py.File, names: Sequence[str], order: 
     obs.attrs.update({"_index": "_index", "encoding-type": "dataframe"})
     obs.attrs.update({"encoding-version": "0.2.0", "column-order": list(names)})
     target.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
+
+
+def write_values(parent: h5py.Group, name: str, values: np.ndarray) -> None:
+    """Write (n,) text, numbers or truth values as a plain array, whatever anndata would make of
+    them; text that is no value is empty."""
+    import h5py
+
+    kind, dtype = "array", None
+    if values.dtype.kind in "OU":
+        kind, dtype = "string-array", h5py.string_dtype()
+        values = values.astype(object)
+        values[values == None] = ""  # noqa: E711
+    node = parent.create_dataset(name, data=values, dtype=dtype)
+    node.attrs.update({"encoding-type": kind, "encoding-version": "0.2.0"})
+
+
+def write_categorical(
+    parent: h5py.Group, name: str, categories: np.ndarray, codes: np.ndarray, order: np.ndarray
+) -> None:
+    """Write a categorical column of text, cells in `order`."""
+    import numpy as np
+
+    group = parent.create_group(name)
+    group["codes"] = codes[order].astype(np.int32)
+    write_values(group, "categories", np.array(list(map(str, categories)), dtype=object))
+    group.attrs.update({"encoding-type": "categorical", "encoding-version": "0.2.0"})
+    group.attrs["ordered"] = False
+
+
+@contextlib.contextmanager
+def plain_matrix(node: h5py.Group) -> Iterator[h5py.Group | h5py.Dataset]:
+    """A data frame or compressed columns of obsm as a dense or CSR matrix, in memory."""
+    import h5py
+    import numpy as np
+    from anndata.io import read_elem, write_elem
+
+    value = read_elem(node)
+    try:
+        if stored_as(node) == "dataframe":
+            plain = value.to_numpy(np.float32)
+        else:
+            plain = value.tocsr()
+            plain.sum_duplicates()
+    except (ValueError, TypeError) as error:
+        raise InputError(
+            f"{node.file.filename}: {node.name.strip('/')} is no table of numbers ({error})"
+        ) from error
+    with h5py.File("matrix", "w", driver="core", backing_store=False) as memory:
+        write_elem(memory, "matrix", plain)
+        yield memory["matrix"]
 
 
 def copy_matrix(
@@ -1488,7 +1637,7 @@ def inspect_data(
     if columns is None:
         return None
     inspected = [
-        inspect_file(dataset, path, columns, stock["embed_key"], found)
+        inspect_file(dataset, path, columns, stock, found)
         for dataset, paths in by_dataset.items()
         for path in paths
         if path in columns_there
@@ -1606,6 +1755,10 @@ def make_plan(
         elif data and data.files:
             made, features = make_features(args, data, place, earlier, found)
     if data and data.files:
+        unreadable = {
+            f.path: [n for n in f.unreadable if not (layout and n.mended)] for f in data.files
+        }
+        found.problems += storage_problems(unreadable, fast=not layout)
         settings |= {
             "data.kwargs.pert_col": data.columns.pert,
             "data.kwargs.batch_col": data.columns.batch,

@@ -16,6 +16,9 @@ from demo_data import Screen, simulate, vectors
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+# cell-load reads no nullable strings, which anndata 0.13 writes for every index
+anndata.settings.allow_write_nullable_strings = False
+
 SMALL = Screen(perturbed=10, families=3, width=8, genes=30, cells=12, controls=24, batches=2)
 
 

@@ -135,6 +135,7 @@ def write_demo(folder: Path, screen: Screen = Screen()) -> None:
     """Write the three files of the demo into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     data = simulate(screen)
+    anndata.settings.allow_write_nullable_strings = False  # cell-load reads none
     data.write_h5ad(folder / "simulated_screen.h5ad")
     labels = [label for label in effects(screen) if label != CONTROL]
     template(data, labels).write_h5ad(folder / "simulated_template.h5ad")

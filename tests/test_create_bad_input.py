@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Result, run_script
+from h5ad_forms import SETTING
 from toml_mistakes import TOML_MISTAKES, write_mistake
 
 Create = Callable[..., Result]
@@ -186,16 +187,25 @@ def test_a_missing_column_is_an_error_that_names_those_that_exist(
     )
 
 
-def test_a_column_that_is_not_categorical_is_an_error(project: Path, refused: Refused) -> None:
+def test_a_column_that_is_not_categorical_is_read_and_said(
+    project: Path, create: Callable[..., Result]
+) -> None:
+    """Training reads it with --fast-loading only; a template may have it."""
     with h5py.File(project / "screen.h5ad", "a") as f:
         del f["obs/target_gene"]
-        f["obs/target_gene"] = ["SIM000", CONTROL]
-    refused(
-        "screen.h5ad: obs column 'target_gene' is not categorical, as cell-load needs it; write "
-        "the file again after adata.obs['target_gene'] = "
-        "adata.obs['target_gene'].astype(str).astype('category')",
-        *("--from-toml", "config.toml", *TABLE),
+        f["obs/target_gene"] = ["SIM000", CONTROL, "SIM003", "SIM004"]
+    done = create("--from-toml", "config.toml", *TABLE)
+    assert done.code == 0, done.err
+    assert done.err.splitlines()[0] == (
+        "warning: screen.h5ad: cell-load cannot read obs/target_gene (stored as string-array). "
+        f"Write it again with a current anndata, after {SETTING}adata.obs['target_gene'] = "
+        "adata.obs['target_gene'].astype(str).astype('category'), or train with --fast-loading, "
+        "whose copies it can read"
     )
+    features = torch.load(project / "o.pt", weights_only=True)
+    assert list(features) == ["SIM000", "SIM003", "SIM004", CONTROL]
+    done = create("--adata", "screen.h5ad", *TABLE)
+    assert (done.code, "warning" in done.err) == (0, False)
 
 
 def test_labels_that_are_not_text_are_an_error(

@@ -25,6 +25,22 @@ import scipy.sparse
 import torch
 from conftest import ROOT, SMALL, Result
 from demo_data import CONTROL, simulate
+from h5ad_forms import (
+    OLD_PANDAS,
+    SETTING,
+    categorical,
+    changing,
+    compressed_columns,
+    compressed_rows,
+    data_frame,
+    nullable,
+    nullable_boolean,
+    nullable_categories,
+    nullable_integer,
+    old_categorical,
+    plain_text,
+    whole_numbers,
+)
 from test_train_run import (
     FAST,
     TINY,
@@ -247,10 +263,11 @@ def batches(module: Any) -> list[Any]:
 # ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(("workers", "today"), [(0, True), (1, False)])
 def test_dense_trains_the_weights_of_the_stock_command_on_the_source(
-    run: Run, folder: Path, workers: int
+    run: Run, folder: Path, workers: int, today: bool
 ) -> None:
+    """With `today` the source is then written as anndata 0.13 does, which stock cannot read."""
     flags = ("--max-steps", 5, "--num-workers", workers)
     stock_plan = run(*flags, "--output-dir", "stock", "--dry-run")
     assert stock_plan.code == 0, stock_plan.err
@@ -259,6 +276,10 @@ def test_dense_trains_the_weights_of_the_stock_command_on_the_source(
     assert f"data.kwargs.toml_config_path={folder}/config.toml" in command
     stock = stock_command(*command[2:], cwd=folder)
     assert stock.returncode == 0, stock.stderr
+    if today:
+        for name in ("obs/_index", "var/_index"):
+            nullable(folder / "sim.h5ad", name)
+        assert run(*flags).code == 1
     ours = run(*flags, "--fast-loading", "dense")
     assert ours.code == 0, ours.err
     assert "data_cache/sim-dense-" in (folder / "runs/run/config.toml").read_text()
@@ -1177,3 +1198,171 @@ def test_resume_keeps_layout_and_cache_and_does_not_mix_layouts(run: Run, folder
     assert snapshot(run_dir) == before and not (folder / "runs/data_cache").exists()
     finished = run("--fast-loading", "--data-cache", "cache", "--max-steps", 2)
     assert finished.err.splitlines()[-1] == f"up to date: {run_dir} finished with the same inputs"
+
+
+# ---------------------------------------------------------------------------------------------
+# Nodes that cell-load cannot read as they are stored
+# ---------------------------------------------------------------------------------------------
+
+
+def index_line(place: str) -> str:
+    return f"{place} = {place}.astype(object)" if OLD_PANDAS else ""
+
+
+def column_line(name: str) -> str:
+    return f"adata.obs['{name}'] = adata.obs['{name}'].astype(str).astype('category')"
+
+
+EMBEDDING = ("--embed-key", "X_emb")
+GENES = (*EMBEDDING, "--output-space", "gene")
+TEXT, CATEGORIES = "nullable-string-array", "categorical of nullable-string-array"
+NUMBER, NAMES = ("--batch-col", "number"), "adata.var['gene_name']"
+
+REFUSED: list[tuple[Callable[[Path, str], None], str, tuple[str, ...], str, str]] = [
+    (nullable, "obs/_index", (), TEXT, index_line("adata.obs_names")),
+    (categorical, "obs/_index", (), "categorical", "adata.obs_names = list(adata.obs_names)"),
+    (nullable, "var/_index", (), TEXT, index_line("adata.var_names")),
+    (nullable, "var/gene_name", (), TEXT, index_line(NAMES)),
+    (nullable_categories, "var/gene_name", (), CATEGORIES, index_line(NAMES)),
+    (plain_text, "obs/target_gene", (), "string-array", column_line("target_gene")),
+    (nullable, "obs/target_gene", (), TEXT, column_line("target_gene")),
+    (old_categorical, "obs/target_gene", (), "array", column_line("target_gene")),
+    (
+        nullable_categories,
+        "obs/target_gene",
+        (),
+        CATEGORIES,
+        column_line("target_gene"),
+    ),
+    (plain_text, "obs/cell_type", (), "string-array", column_line("cell_type")),
+    (old_categorical, "obs/cell_type", (), "array", column_line("cell_type")),
+    (nullable, "obs/batch_var", (), TEXT, column_line("batch_var")),
+    (nullable_categories, "obs/batch_var", (), CATEGORIES, column_line("batch_var")),
+    (nullable_integer, "obs/number", NUMBER, "nullable-integer", column_line("number")),
+    (
+        nullable_boolean,
+        "obs/left",
+        ("--batch-col", "left"),
+        "nullable-boolean",
+        column_line("left"),
+    ),
+    (compressed_columns, "obsm/X_emb", EMBEDDING, "csc_matrix", "{} = {}.tocsr()"),
+    (data_frame, "obsm/X_emb", EMBEDDING, "dataframe", "{} = {}.to_numpy()"),
+    (compressed_columns, "obsm/X_hvg", GENES, "csc_matrix", "{} = {}.tocsr()"),
+    (data_frame, "obsm/X_hvg", GENES, "dataframe", "{} = {}.to_numpy()"),
+    (nullable_boolean, "var/highly_variable", GENES, "nullable-boolean", "{} = {}.astype(bool)"),
+    (whole_numbers, "var/highly_variable", GENES, "array", "{} = {}.astype(bool)"),
+]
+"""How a node is stored, options with which cell-load opens it, its name, the line that helps."""
+
+READ: list[tuple[Callable[[Path, str], None], str, tuple[str, ...]]] = [
+    (plain_text, "obs/batch_var", ()),
+    (categorical, "var/gene_name", ()),
+    (compressed_rows, "obsm/X_emb", EMBEDDING),
+    (compressed_rows, "obsm/X_hvg", GENES),
+    (nullable_integer, "obs/number", ()),  # not opened
+    (nullable, "obs/target_gene/categories", ("--pert-col", "target")),  # nor this
+    (nullable_boolean, "var/highly_variable", ("data.kwargs.output_space=all",)),
+    (compressed_columns, "obsm/X_emb", ()),
+]
+SILENT = {"var/highly_variable", "obsm/X_emb", "obsm/X_hvg"}
+"""What cell-load reads wrongly without an error in some forms."""
+
+
+def storable_screen(path: Path) -> None:
+    """A screen with every node that cell-load may open, in a form that it reads."""
+    data = mixed(SMALL)
+    rng = np.random.default_rng(0)
+    data.obsm["X_emb"] = rng.normal(size=(data.n_obs, 6)).astype(np.float32)
+    data.obsm["X_hvg"] = data.X[:, :10].toarray()
+    data.obs["number"] = rng.integers(0, 3, data.n_obs)
+    data.obs["left"] = rng.integers(0, 2, data.n_obs).astype(bool)
+    data.obs["target"] = data.obs["target_gene"]
+    data.var["gene_name"] = [f"gene {i}" for i in range(data.n_vars)]
+    data.var["highly_variable"] = np.arange(data.n_vars) < 10
+    data.strings_to_categoricals = lambda *_: None
+    data.write_h5ad(path)
+
+
+def prepare(path: Path, name: str) -> None:
+    """Let cell-load take the names of genes from this node."""
+    if name == "var/_index":
+        with changing(path) as file:
+            del file["var/gene_name"]
+            columns = [c for c in file["var"].attrs["column-order"] if c != "gene_name"]
+            file["var"].attrs["column-order"] = columns
+    if name == "var/gene_name":
+        categorical(path, name)
+    if name == "uns/hvg_names":
+        with changing(path) as file:
+            del file["var/highly_variable"]
+
+
+def everything_read(made: script.Plan, toml: Path) -> tuple[Any, ...]:
+    """All that State gets from the data module."""
+    module = data_module(made, toml)
+    dims = module.get_var_dims()
+    return dims, sorted(module.batch_onehot_map), batches(module)
+
+
+@pytest.mark.parametrize(("store", "name", "flags", "stored", "line"), REFUSED)
+def test_node_that_cell_load_cannot_read_is_refused_and_mended_by_a_copy(
+    run: Run,
+    plan: Callable[..., script.Plan],
+    copied: Callable[..., script.Plan],
+    folder: Path,
+    store: Callable[[Path, str], None],
+    name: str,
+    flags: tuple[str, ...],
+    stored: str,
+    line: str,
+) -> None:
+    path = folder / "sim.h5ad"
+    storable_screen(path)
+    prepare(path, name)
+    made = plan(*flags)
+    expected = everything_read(made, folder / "config.toml")
+    if store is nullable:
+        plain_text(path, name)
+    store(path, name)
+    try:
+        wrong = everything_read(made, folder / "config.toml")
+        assert name in SILENT
+        with pytest.raises(AssertionError):
+            assert_same_bits(wrong, expected)
+    except (KeyError, TypeError, ValueError, IndexError) as error:  # State's training ends in it
+        assert str(error)
+    table, _, key = name.partition("/")
+    line = line.replace("{}", f"adata.{table}['{key}']")
+    line = f"{SETTING}{line}".removesuffix("; ")
+    message = (
+        f"sim.h5ad: cell-load cannot read {name} (stored as {stored}). Write it again with a "
+        f"current anndata, after {line}, or train with --fast-loading, whose copies it can read"
+    )
+    refused(run, folder, message, "--max-steps", 1, *flags)
+    copied("--fast-loading", "dense", *flags)
+    assert_same_bits(everything_read(made, folder / COPIES), expected)
+    if store is old_categorical:
+        return
+    adata = anndata.read_h5ad(path)
+    with anndata.settings.override(allow_write_nullable_strings=not OLD_PANDAS):
+        exec(line, {"adata": adata, "anndata": anndata})
+        path.unlink()
+        adata.write_h5ad(path)
+    assert_same_bits(everything_read(plan(*flags), folder / "config.toml"), expected)
+
+
+@pytest.mark.parametrize(("store", "name", "flags"), READ)
+def test_node_that_cell_load_reads_or_does_not_open_is_accepted(
+    plan: Callable[..., script.Plan],
+    folder: Path,
+    store: Callable[[Path, str], None],
+    name: str,
+    flags: tuple[str, ...],
+) -> None:
+    path = folder / "sim.h5ad"
+    storable_screen(path)
+    made = plan(*flags)
+    expected = everything_read(made, folder / "config.toml")
+    store(path, name)
+    assert_same_bits(everything_read(plan(*flags), folder / "config.toml"), expected)

@@ -20,6 +20,7 @@ import pytest
 import scipy.sparse
 import torch
 from conftest import SMALL, Result
+from h5ad_forms import OLD_PANDAS, SETTING, nullable
 from toml_mistakes import TOML_MISTAKES, write_mistake
 
 import train_with_esm_features as script
@@ -373,17 +374,16 @@ def test_column_that_is_missing_is_named_with_those_that_are_there(
 
 
 @pytest.mark.parametrize("column", ["target_gene", "cell_type"])
-def test_column_that_is_not_categorical_is_refused(
-    refused: Refused, ready: Path, column: str
-) -> None:
+def test_column_that_is_not_categorical_is_refused(train: Train, ready: Path, column: str) -> None:
     with h5py.File(ready / "screen.h5ad", "r+") as file:
         del file[f"obs/{column}"]
         file[f"obs/{column}"] = ["a"] * len(file["obs/batch_var/codes"])
-    refused(
-        f"screen.h5ad: obs column '{column}' is not categorical, as cell-load needs it; write the "
-        f"file again after adata.obs['{column}'] = adata.obs['{column}']"
-        ".astype(str).astype('category')"
+    problem = (
+        f"screen.h5ad: cell-load cannot read obs/{column} (stored as string-array). Write it again "
+        f"with a current anndata, after {SETTING}adata.obs['{column}'] = adata.obs['{column}']"
+        ".astype(str).astype('category'), or train with --fast-loading, whose copies it can read"
     )
+    assert f"  - {problem}\n" in train().err
 
 
 @pytest.mark.parametrize("column", ["target_gene", "cell_type"])
@@ -476,6 +476,7 @@ def test_unused_cell_type_category_is_no_problem(
 
 
 def test_cells_without_a_label_are_refused(refused: Refused, ready: Path, screen: Any) -> None:
+    screen = screen.copy()  # pandas 3 makes the codes of a new frame read-only
     screen.obs.loc[screen.obs_names[:7], "target_gene"] = None
     screen.write_h5ad(ready / "screen.h5ad")
     refused(
@@ -504,6 +505,7 @@ def test_file_in_which_no_cell_has_a_label_is_refused(
 def test_cells_without_a_cell_type_are_a_warning_and_not_counted(
     accepted: Accepted, ready: Path, screen: Any
 ) -> None:
+    screen = screen.copy()  # pandas 3 makes the codes of a new frame read-only
     screen.obs.loc[screen.obs_names[:3], "cell_type"] = None
     screen.write_h5ad(ready / "screen.h5ad")
     done = accepted("screen.h5ad: 3 cells without a cell type in 'cell_type' are not read")
@@ -818,9 +820,106 @@ def test_csc_storage_is_refused(refused: Refused, ready: Path, screen: Any) -> N
     screen.X = scipy.sparse.csc_matrix(screen.X)
     screen.write_h5ad(ready / "screen.h5ad")
     refused(
-        "screen.h5ad: X is stored as csc_matrix; cell-load reads csr_matrix or a dense array. "
-        "Write the file again with adata.X = adata.X.tocsr()"
+        "screen.h5ad: cell-load cannot read X (stored as csc_matrix). Write it again with a "
+        f"current anndata, after {SETTING}adata.X = adata.X.tocsr()"
     )
+
+
+def test_sparse_x_of_no_known_format_is_refused(refused: Refused, ready: Path) -> None:
+    with h5py.File(ready / "screen.h5ad", "r+") as file:
+        del file["X"].attrs["encoding-type"]
+    refused(
+        "screen.h5ad: cell-load cannot read X (stored as group). Write it again with a current "
+        "anndata" + (f", after {SETTING.removesuffix('; ')}" if SETTING else "")
+    )
+
+
+def test_values_of_one_dimension_are_no_matrix(refused: Refused, ready: Path) -> None:
+    with h5py.File(ready / "screen.h5ad", "r+") as file:
+        del file["X"]
+        file["X"] = np.ones(312, "f4")
+        file["X"].attrs["encoding-type"] = "array"
+    refused(
+        "screen.h5ad: X is no matrix that cell-load can read; write the file again with a current "
+        "anndata"
+    )
+
+
+def test_same_form_in_several_files_is_one_line(refused: Refused, ready: Path, screen: Any) -> None:
+    two_files(ready, screen, screen)
+    for name in "ab":
+        for node in ("obs/_index", "var/_index"):
+            nullable(ready / f"{name}.h5ad", node)
+    lines = SETTING.removesuffix("; ")
+    if OLD_PANDAS:
+        lines = "; ".join(
+            f"adata.{x} = adata.{x}.astype(object)" for x in ("obs_names", "var_names")
+        )
+    refused(
+        "a.h5ad, b.h5ad: cell-load cannot read obs/_index, var/_index (stored as "
+        f"nullable-string-array). Write them again with a current anndata, after {lines}, or train "
+        "with --fast-loading, whose copies it can read"
+    )
+
+
+def test_file_with_layers_only_is_told_how_to_make_x_of_one(
+    refused: Refused, ready: Path, screen: Any
+) -> None:
+    screen.layers["counts"], screen.layers["scaled"] = screen.X, screen.X
+    screen.X = None
+    screen.write_h5ad(ready / "screen.h5ad")
+    refused(
+        "screen.h5ad has no X, but layers: counts, scaled. Write it again after adata.X = "
+        "adata.layers['counts'], log1p-normalised (scanpy.pp.normalize_total, then "
+        "scanpy.pp.log1p), or choose with --embed-key; obsm: none"
+    )
+
+
+EXPECTS = "State expects log1p-normalised values: scanpy.pp.normalize_total, then scanpy.pp.log1p"
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize(
+    ("change", "doubt"),
+    [
+        (lambda x: x - 20.5 * (x > 0), "has negative values (down to -20.5), as scaled data have"),
+        (
+            lambda x: x + 10.25 * (x > 0),
+            "has values up to {:.4g}, above the 15 that log1p-normalised ones stay below",
+        ),
+        (lambda x: np.ceil(x * 9), "looks like raw counts (whole numbers up to {:g})"),
+    ],
+)
+def test_values_that_are_not_log1p_are_a_warning(
+    accepted: Accepted, ready: Path, screen: Any, change: Any, doubt: str, dense: bool
+) -> None:
+    values = change(screen.X.toarray())
+    doubt = doubt.replace("-20.5", f"{values.min():.3g}").format(values.max())
+    for place in ("X", "obsm/X_hvg"):
+        changed = screen.copy()
+        changed.obsm["X_hvg"] = screen.X.toarray()[:, :5]
+        if place == "X":
+            changed.X = values if dense else scipy.sparse.csr_matrix(values)
+        else:
+            changed.obsm["X_hvg"] = values if dense else scipy.sparse.csr_matrix(values)
+        changed.write_h5ad(ready / "screen.h5ad")
+        flags = () if place == "X" else ("--embed-key", "X_hvg", "--output-space", "gene")
+        accepted(f"screen.h5ad: {place} {doubt}; {EXPECTS}", args=flags)
+
+
+def test_values_that_are_no_numbers_are_refused(refused: Refused, ready: Path, screen: Any) -> None:
+    screen.X.data[-1] = np.inf  # the sample reaches to the end
+    screen.write_h5ad(ready / "screen.h5ad")
+    refused("screen.h5ad: X holds NaN or infinite values; the loss would become NaN")
+
+
+def test_scaled_data_behind_an_embedding_do_not_matter(
+    accepted: Accepted, ready: Path, screen: Any
+) -> None:
+    screen.X = screen.X.toarray() - 1
+    screen.obsm["X_pca"] = np.full((312, 5), -200.5, "float32")
+    screen.write_h5ad(ready / "screen.h5ad")
+    accepted(args=("--embed-key", "X_pca", "--output-space", "embedding"))
 
 
 def test_file_without_x_is_refused(refused: Refused, ready: Path, screen: Any) -> None:
