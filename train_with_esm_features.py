@@ -429,6 +429,8 @@ def inspect_file(
                 f"{path}: {count(untyped, 'cell')} without a cell type in {columns.cell_type!r} "
                 "are not read"
             )
+        width = input_width(file, kwargs, found)
+        check_names_of_output(file, kwargs, width, found)
         known = (label_codes >= 0) & (type_codes >= 0)
         groups = type_codes * len(labels) + label_codes
         cells = np.bincount(groups[known], minlength=len(labels) * len(cell_types))
@@ -439,7 +441,7 @@ def inspect_file(
             cell_types=cell_types,
             cells=cells.reshape(len(cell_types), len(labels)),
             genes=gene_names(file),
-            width=input_width(file, kwargs, found),
+            width=width,
             log1p="uns" in file and "log1p" in file["uns"],
             grouped=int((np.diff(groups) != 0).sum()) < len(np.unique(groups)),
             unreadable=find_unreadable(file, nodes_read(file, columns, kwargs)),
@@ -539,6 +541,40 @@ def not_log1p(sample: np.ndarray) -> list[str]:
             f"stay below; {expects}"
         ]
     return []
+
+
+def check_names_of_output(
+    file: h5py.File, kwargs: Mapping[str, Any], width: int, found: Findings
+) -> None:
+    """For the output space gene cell-load names a selection of genes, whatever is predicted.
+
+    Parameters
+    ----------
+    width
+        Columns of X or obsm[embed_key].
+    """
+    if kwargs["output_space"] != "gene":
+        return
+    where, embed_key = "X", kwargs["embed_key"]
+    if embed_key:
+        where, hvg = "obsm/X_hvg", file.get("obsm/X_hvg")
+        if hvg is None:
+            return
+        width = matrix_shape(hvg)[1]
+    mask, names = file.get("var/highly_variable"), file.get("uns/hvg_names")
+    if mask is not None:
+        selected, source = int(read_values(mask).astype(bool).sum()), "var/highly_variable"
+    elif names is not None and gene_names_node(file) == "var/gene_name":
+        selected, source = len(read_values(names)), "uns/hvg_names"
+    else:
+        return
+    if selected != width:
+        remedy = "Choose --output-space all" if where == "X" else f"Correct {source}"
+        found.warnings.append(
+            f"{file.filename}: {where} has {count(width, 'column')}, for which cell-load takes the "
+            f"names of the {count(selected, 'gene')} of {source} with output space gene: `state tx "
+            f"predict` will write genes named 0, 1, 2 ... {remedy}"
+        )
 
 
 def check_genes(files: Sequence[DataFile], found: Findings) -> None:

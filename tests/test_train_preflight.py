@@ -907,6 +907,37 @@ def test_values_that_are_not_log1p_are_a_warning(
         accepted(f"screen.h5ad: {place} {doubt}; {EXPECTS}", args=flags)
 
 
+@pytest.mark.parametrize(
+    ("mask", "flags", "what", "remedy"),
+    [
+        (15, (), "X has 30 columns", "Choose --output-space all"),
+        (15, ("--embed-key", "X_hvg"), "obsm/X_hvg has 10 columns", "Correct var/highly_variable"),
+        (15, ("--embed-key", "X_pca"), "obsm/X_hvg has 10 columns", "Correct var/highly_variable"),
+        (10, ("--embed-key", "X_hvg"), "", ""),
+        (30, (), "", ""),
+    ],
+)
+def test_names_that_do_not_fit_what_is_predicted_are_a_warning(
+    accepted: Accepted,
+    ready: Path,
+    screen: Any,
+    mask: int,
+    flags: tuple[str, ...],
+    what: str,
+    remedy: str,
+) -> None:
+    screen.var["highly_variable"] = np.arange(30) < mask
+    screen.obsm["X_hvg"] = screen.X.toarray()[:, :10]
+    screen.obsm["X_pca"] = np.ones((312, 5))
+    screen.write_h5ad(ready / "screen.h5ad")
+    warning = (
+        f"screen.h5ad: {what}, for which cell-load takes the names of the 15 genes of "
+        "var/highly_variable with output space gene: `state tx predict` will write genes named 0, "
+        f"1, 2 ... {remedy}"
+    )
+    accepted(*([warning] if what else []), args=("--output-space", "gene", *flags))
+
+
 def test_values_that_are_no_numbers_are_refused(refused: Refused, ready: Path, screen: Any) -> None:
     screen.X.data[-1] = np.inf  # the sample reaches to the end
     screen.write_h5ad(ready / "screen.h5ad")
