@@ -1,13 +1,15 @@
-# make demo | evaluate | test | test-slow | check. All lives in .venv; needs Python 3.11 or 3.12 only.
+# make demo | evaluate | test | test-slow | test-today | check. All lives in .venv (test-today: in
+# .venv-today); needs Python 3.11 or 3.12 only.
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null \
 	&& echo $$p && break; done)
 VENV ?= .venv
 BIN := $(VENV)/bin
+CONSTRAINTS := -c constraints.txt
 # two files of tests at once
 AT_ONCE := -n 2 --dist loadfile
 
-.PHONY: demo demo-data evaluate test test-slow check clean
+.PHONY: demo demo-data evaluate test test-slow test-today check clean
 
 demo: $(VENV)/installed
 	$(BIN)/python tests/run_demo.py
@@ -30,11 +32,17 @@ check: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# labels, symbols, checks, copies, trainings and documents on what pip gives without constraints.txt
+TODAY := create_labels create_symbols train_preflight train_fast docs
+test-today:
+	$(MAKE) .venv-today/installed VENV=.venv-today CONSTRAINTS=
+	.venv-today/bin/python -m pytest $(AT_ONCE) -m "not slow" $(TODAY:%=tests/test_%.py)
+
 $(VENV)/installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 found; name one: make PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV): some minutes and gigabytes the first time"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) -e '.[test]'
 	touch $@
 
 clean:

@@ -2,7 +2,7 @@
 # requires-python = ">=3.11,<3.13"
 # dependencies = [
 #     "adjusttext>=1.3",
-#     "anndata>=0.11.4",
+#     "anndata>=0.12.10",
 #     "arc-state>=0.11.1",
 #     "biopython>=1.85",
 #     "cell-load>=0.10.4",
@@ -12,16 +12,16 @@
 #     "h5py>=3.11",
 #     "huggingface-hub>=1.0",
 #     "matplotlib>=3.9",
-#     "numpy>=2.2.6",
-#     "pandas>=2.2.3",
+#     "numpy>=2.4.2",
+#     "pandas>=2.3.3",
 #     "platformdirs>=4.3",
 #     "psutil>=6",
 #     "scanpy>=1.11.2",
-#     "scikit-learn>=1.5",
-#     "tables>=3.10",
+#     "scikit-learn>=1.6.1",
+#     "tables>=3.10.1",
 #     "toml>=0.10.2",
 #     "torch>=2.7",
-#     "tqdm>=4.67.1",
+#     "tqdm>=4.67.3",
 # ]
 # ///
 """Find, or compute, the ESM2 embedding of every perturbation of a Perturb-seq screen.
