@@ -907,42 +907,47 @@ def read_values(node: h5py.Group | h5py.Dataset) -> np.ndarray:
     return values
 
 
-def read_column(file: h5py.File, column: str) -> tuple[np.ndarray, np.ndarray]:
-    """(categories,) of an obs column, and of each cell the index of its own (int64, -1: none).
+def open_column(file: h5py.File, column: str) -> tuple[np.ndarray, h5py.Dataset | np.ndarray]:
+    """(categories,) of an obs column, and of each cell the index of its own (-1: none), which is
+    not read yet where the column is categorical.
 
-    A column that is not categorical gets sorted categories, as pandas would give it.
+    A column that is not gets sorted categories, as pandas would give it.
     """
     import numpy as np
 
     node = file["obs"][column]
     if {"codes", "categories"} <= set(getattr(node, "keys", tuple)()):
-        categories, codes = read_values(node["categories"]), node["codes"][:]
-    elif "categories" in node.attrs:  # anndata before 0.7
-        categories, codes = read_values(file[node.attrs["categories"]]), node[:]
-    else:
-        import pandas
+        return read_values(node["categories"]), node["codes"]
+    if "categories" in node.attrs:  # anndata before 0.7
+        return read_values(file[node.attrs["categories"]]), node
+    import pandas
 
-        values = pandas.Categorical(read_values(node))
-        categories, codes = np.asarray(values.categories), values.codes
-    return categories, codes.astype(np.int64)
+    values = pandas.Categorical(read_values(node))
+    return np.asarray(values.categories), values.codes
 
 
-def read_labels(file: h5py.File, column: str) -> tuple[list[str], np.ndarray]:
-    """`read_column` of a column of text. Unused categories are labels too: cell-load takes them all
-    for perturbations.
+def read_codes(file: h5py.File, column: str) -> np.ndarray:
+    """int64 (cells,): of each cell the index of its label in an obs column, -1 for none."""
+    return open_column(file, column)[1][:].astype("int64")
+
+
+def read_labels(file: h5py.File, column: str) -> list[str]:
+    """Labels of an obs column; of a categorical one no cell is read.
+
+    Unused categories are labels too: cell-load takes them all for perturbations.
 
     Raises
     ------
     InputError
         The labels are not text.
     """
-    categories, codes = read_column(file, column)
+    categories, _ = open_column(file, column)
     if categories.dtype.kind not in "OSUT":
         raise InputError(
             f"{file.filename}: obs column {column!r} holds {categories.dtype} labels, not text; "
             f"write the file again after {line_to_rewrite(f'obs/{column}', 'array')}"
         )
-    return list(map(str, categories)), codes
+    return list(map(str, categories))
 
 
 def gene_names_node(file: h5py.File) -> str | None:
@@ -1006,7 +1011,7 @@ def labels_of_files(
     labels, unreadable = {}, {}
     for path in paths:
         with open_h5ad(path) as file:
-            labels[path], _ = read_labels(file, column)
+            labels[path] = read_labels(file, column)
             unreadable[path] = find_unreadable(file, {f"obs/{column}": "labels"})
         if control is not None:
             require_control(control, labels[path], path, column)
@@ -3687,7 +3692,7 @@ def problems_of_templates(run: TrainedRun, args: argparse.Namespace) -> list[str
     column = label_column(args.adata, args.pert_col) if args.adata else ""
     for path in args.adata:
         with open_h5ad(path) as file:
-            unlabelled = int((read_labels(file, column)[1] < 0).sum())
+            unlabelled = int((read_codes(file, column) < 0).sum())
             genes, problem = None, ""
             try:
                 genes = fingerprint(gene_names(file))

@@ -113,9 +113,10 @@ from create_esm_pert_features import (
     obs_columns,
     on_signals,
     one_error,
+    open_column,
     open_h5ad,
     options_of_toml,
-    read_column,
+    read_codes,
     read_json,
     read_labels,
     read_manifest,
@@ -412,8 +413,9 @@ def inspect_file(
     import numpy as np
 
     with found.collect(), open_h5ad(path) as file:
-        labels, label_codes = read_labels(file, columns.pert)
-        cell_types, type_codes = read_labels(file, columns.cell_type)
+        labels, label_codes = read_labels(file, columns.pert), read_codes(file, columns.pert)
+        cell_types = read_labels(file, columns.cell_type)
+        type_codes = read_codes(file, columns.cell_type)
         with found.collect():
             require_control(columns.control, labels, path, columns.pert)
         unlabelled = int((label_codes < 0).sum())
@@ -1325,7 +1327,7 @@ def cell_order(file: h5py.File, columns: Columns) -> np.ndarray:
     """
     import numpy as np
 
-    types, labels = (read_column(file, c)[1] for c in (columns.cell_type, columns.pert))
+    types, labels = (read_codes(file, c) for c in (columns.cell_type, columns.pert))
     return np.lexsort((np.random.default_rng(ORDER_SEED).random(len(labels)), labels, types))
 
 
@@ -1345,7 +1347,7 @@ def copy_obs(
             if name == "_index":
                 write_values(obs, name, read_values(source["obs"][name])[order])
             else:
-                write_categorical(obs, name, *read_column(source, name), order)
+                write_categorical(obs, name, open_column(source, name), order)
             continue
         source.copy(f"obs/{name}", obs)
         values = obs[name]["codes"] if isinstance(obs[name], h5py.Group) else obs[name]
@@ -1373,13 +1375,17 @@ def write_values(parent: h5py.Group, name: str, values: np.ndarray) -> None:
 
 
 def write_categorical(
-    parent: h5py.Group, name: str, categories: np.ndarray, codes: np.ndarray, order: np.ndarray
+    parent: h5py.Group,
+    name: str,
+    column: tuple[np.ndarray, h5py.Dataset | np.ndarray],
+    order: np.ndarray,
 ) -> None:
-    """Write a categorical column of text, cells in `order`."""
+    """Write a column, as `open_column` gives it, as a categorical of text, cells in `order`."""
     import numpy as np
 
     group = parent.create_group(name)
-    group["codes"] = codes[order].astype(np.int32)
+    categories, codes = column
+    group["codes"] = codes[:][order].astype(np.int32)
     write_values(group, "categories", np.array(list(map(str, categories)), dtype=object))
     group.attrs.update({"encoding-type": "categorical", "encoding-version": "0.2.0"})
     group.attrs["ordered"] = False

@@ -338,7 +338,7 @@ def test_of_a_huge_file_only_the_categories_are_read(tree: Path) -> None:
         assert (done.returncode, done.stdout) == (0, f"{name}.pt\n"), done.stderr
         return int(done.stderr)
 
-    assert peak("huge") < peak("small") + 8_000
+    assert peak("huge") < peak("small") + 30_000
     assert labels_in(tree / "huge.pt") == labels_in(tree / "small.pt") == ["A", CONTROL]
 
 

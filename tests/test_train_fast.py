@@ -839,11 +839,11 @@ def test_copy_follows_time_columns_matrices_and_layout_of_the_source(
     copied: Callable[..., script.Plan], folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rich_screen(folder / "sim.h5ad")
-    usual = ("--batch-col", "batch_var")
+    usual = ("--batch-col", "batch_var", "data.kwargs.output_space=all")
     variants: list[tuple[str, ...]] = [
         (*usual, "--fast-loading"),
         (*usual, "--fast-loading", "dense"),
-        ("--batch-col", "lane", "--fast-loading"),
+        (*usual, "--batch-col", "lane", "--fast-loading"),
         (*usual, "--fast-loading", "data.kwargs.additional_obs=[age]"),
         (*usual, "--fast-loading", "--embed-key", "X_hvg"),
     ]
@@ -1269,8 +1269,8 @@ SILENT = {"var/highly_variable", "obsm/X_emb", "obsm/X_hvg"}
 """What cell-load reads wrongly without an error in some forms."""
 
 
-def storable_screen(path: Path) -> None:
-    """A screen with every node that cell-load may open, in a form that it reads."""
+def storable_screen(path: Path, flags: tuple[str, ...]) -> None:
+    """A screen with every node that cell-load may open with these options, as it reads them."""
     data = mixed(SMALL)
     rng = np.random.default_rng(0)
     data.obsm["X_emb"] = rng.normal(size=(data.n_obs, 6)).astype(np.float32)
@@ -1279,7 +1279,9 @@ def storable_screen(path: Path) -> None:
     data.obs["left"] = rng.integers(0, 2, data.n_obs).astype(bool)
     data.obs["target"] = data.obs["target_gene"]
     data.var["gene_name"] = [f"gene {i}" for i in range(data.n_vars)]
-    data.var["highly_variable"] = np.arange(data.n_vars) < 10
+    data.var["highly_variable"] = np.arange(data.n_vars) < (
+        10 if flags[:1] == EMBEDDING[:1] else 30
+    )
     data.strings_to_categoricals = lambda *_: None
     data.write_h5ad(path)
 
@@ -1318,7 +1320,7 @@ def test_node_that_cell_load_cannot_read_is_refused_and_mended_by_a_copy(
     line: str,
 ) -> None:
     path = folder / "sim.h5ad"
-    storable_screen(path)
+    storable_screen(path, flags)
     prepare(path, name)
     made = plan(*flags)
     expected = everything_read(made, folder / "config.toml")
@@ -1361,7 +1363,7 @@ def test_node_that_cell_load_reads_or_does_not_open_is_accepted(
     flags: tuple[str, ...],
 ) -> None:
     path = folder / "sim.h5ad"
-    storable_screen(path)
+    storable_screen(path, flags)
     made = plan(*flags)
     expected = everything_read(made, folder / "config.toml")
     store(path, name)
