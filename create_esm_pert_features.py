@@ -830,8 +830,14 @@ def strings_are_nullable() -> bool:
     return int(importlib.metadata.version("pandas").partition(".")[0]) >= 3
 
 
+def rewriting(*lines: str) -> str:
+    """Python to run before anndata's write_h5ad, so that cell-load can read all that it writes."""
+    setting = "anndata.settings.allow_write_nullable_strings = False"
+    return "; ".join(dict.fromkeys([setting] * strings_are_nullable() + [x for x in lines if x]))
+
+
 def line_to_rewrite(name: str, stored: str) -> str:
-    """Python to run before anndata's write_h5ad, so that it stores a node in a plainer form."""
+    """Python to run before anndata's write_h5ad, so that it stores one node in a plainer form."""
     table, _, key = name.partition("/")
     place = {"_index": f"adata.{table}_names"}.get(key, f"adata.{table}[{key!r}]")
     if table == "obs" and key != "_index":
@@ -866,9 +872,7 @@ def storage_problems(
     for nodes, files in groups.items():
         forms = {n.stored: some(m.node for m in nodes if m.stored == n.stored) for n in nodes}
         what = "; ".join(f"{names} (stored as {stored})" for stored, names in forms.items())
-        setting = "anndata.settings.allow_write_nullable_strings = False"
-        first = [setting] if strings_are_nullable() else []
-        lines = "; ".join(dict.fromkeys([*first, *(n.line for n in nodes if n.line)]))
+        lines = rewriting(*(n.line for n in nodes))
         again = f"Write {'it' if len(files) == 1 else 'them'} again with a current anndata"
         problems.append(
             f"{some(files)}: cell-load cannot read {what}. "
@@ -945,7 +949,7 @@ def read_labels(file: h5py.File, column: str) -> list[str]:
     if categories.dtype.kind not in "OSUT":
         raise InputError(
             f"{file.filename}: obs column {column!r} holds {categories.dtype} labels, not text; "
-            f"write the file again after {line_to_rewrite(f'obs/{column}', 'array')}"
+            f"write the file again after {rewriting(line_to_rewrite(f'obs/{column}', 'array'))}"
         )
     return list(map(str, categories))
 
@@ -962,7 +966,7 @@ def gene_names(file: h5py.File) -> list[str]:
     if name is None:
         raise InputError(
             f"{file.filename}: cell-load finds no gene names (it looks for var/gene_name and "
-            "var/_index); write the file again after adata.var.index.name = None"
+            "var/_index); write the file again after " + rewriting("adata.var.index.name = None")
         )
     return list(map(str, read_values(file[name])))
 

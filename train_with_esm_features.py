@@ -124,6 +124,7 @@ from create_esm_pert_features import (
     read_values,
     require_control,
     resolve_labels,
+    rewriting,
     run_lock,
     say_options_of_toml,
     sha256_of,
@@ -493,8 +494,9 @@ def input_width(file: h5py.File, kwargs: Mapping[str, Any], found: Findings) -> 
         if layers and not embed_key:
             raise InputError(
                 f"{file.filename} has no X, but layers: {some(layers)}. Write it again after "
-                f"adata.X = adata.layers[{layers[0]!r}], log1p-normalised (scanpy.pp."
-                f"normalize_total, then scanpy.pp.log1p), or choose with --embed-key; obsm: {there}"
+                + rewriting(f"adata.X = adata.layers[{layers[0]!r}]")
+                + ", log1p-normalised (scanpy.pp.normalize_total, then scanpy.pp.log1p), or choose "
+                f"with --embed-key; obsm: {there}"
             )
         raise InputError(f"{file.filename} has no {where}; obsm: {there}. Choose with --embed-key")
     for name in matrices_read(kwargs):
@@ -603,7 +605,8 @@ def check_genes(files: Sequence[DataFile], found: Findings) -> None:
         without = some(str(f.path) for f in files if not f.log1p)
         found.problems.append(
             f"some files carry uns/log1p and some do not ({without}), which cell-load refuses; if "
-            "those too are log1p-normalised, write them again after adata.uns['log1p'] = {}"
+            "those too are log1p-normalised, write them again after "
+            + rewriting("adata.uns['log1p'] = {}")
         )
 
 
@@ -1496,7 +1499,7 @@ def require_unique(block: Any, source: h5py.Group) -> None:
     if tidy.nnz != block.nnz:
         raise InputError(
             f"{source.file.filename}: a cell has two values of one gene in {source.name}; write "
-            "the file again after adata.X.sum_duplicates()"
+            "the file again after " + rewriting("adata.X.sum_duplicates()")
         )
 
 

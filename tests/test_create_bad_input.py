@@ -219,7 +219,7 @@ def test_labels_that_are_not_text_are_an_error(
     assert kind.kind == "i"
     refused(
         f"screen.h5ad: obs column 'target_gene' holds {kind} labels, not text; write the file "
-        "again after adata.obs['target_gene'] = "
+        f"again after {SETTING}adata.obs['target_gene'] = "
         "adata.obs['target_gene'].astype(str).astype('category')",
         *("--from-toml", "config.toml", *TABLE),
     )

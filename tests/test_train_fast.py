@@ -712,7 +712,7 @@ def test_two_values_of_one_gene_are_refused_by_sorted(
     assert result.code == 1
     assert result.err.splitlines()[-1] == (
         f"error: {folder}/sim.h5ad: a cell has two values of one gene in /X; write the file again "
-        "after adata.X.sum_duplicates()"
+        f"after {SETTING}adata.X.sum_duplicates()"
     )
     left = [p for p in (folder / "runs/data_cache").iterdir() if p.suffix != ".lock"]
     assert left == [] and not (folder / "runs/run").exists()

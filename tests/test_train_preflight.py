@@ -316,7 +316,8 @@ def test_all_problems_are_listed_together(refused: Refused, ready: Path, screen:
         f"another order (30 positions: {order}, ...); cell-load would train on mixed-up genes. "
         "Write them with the same var_names",
         "some files carry uns/log1p and some do not (b.h5ad), which cell-load refuses; if those "
-        "too are log1p-normalised, write them again after adata.uns['log1p'] = {}",
+        "too are log1p-normalised, write them again after "
+        f"{SETTING}adata.uns['log1p'] = {{}}",
         "b.h5ad: no control cell ('non-targeting') in simB; cell-load draws the controls from the "
         "same cell type and file. Add controls, or remove these cells",
         "'sim.simC': no file of dataset 'sim' has the cell type 'simC' (did you mean simB, "
@@ -394,7 +395,8 @@ def test_labels_that_are_not_text_are_refused(
     screen.write_h5ad(ready / "screen.h5ad")
     refused(
         f"screen.h5ad: obs column '{column}' holds int64 labels, not text; write the file again "
-        f"after adata.obs['{column}'] = adata.obs['{column}'].astype(str).astype('category')"
+        f"after {SETTING}adata.obs['{column}'] = "
+        f"adata.obs['{column}'].astype(str).astype('category')"
     )
 
 
@@ -760,7 +762,7 @@ def test_gene_names_that_cell_load_does_not_find_are_refused(
     screen.write_h5ad(ready / "screen.h5ad")
     refused(
         "screen.h5ad: cell-load finds no gene names (it looks for var/gene_name and var/_index); "
-        "write the file again after adata.var.index.name = None"
+        f"write the file again after {SETTING}adata.var.index.name = None"
     )
     with pytest.raises(KeyError):
         real_dataset(ready / "screen.h5ad").get_gene_names()
@@ -869,9 +871,9 @@ def test_file_with_layers_only_is_told_how_to_make_x_of_one(
     screen.X = None
     screen.write_h5ad(ready / "screen.h5ad")
     refused(
-        "screen.h5ad has no X, but layers: counts, scaled. Write it again after adata.X = "
-        "adata.layers['counts'], log1p-normalised (scanpy.pp.normalize_total, then "
-        "scanpy.pp.log1p), or choose with --embed-key; obsm: none"
+        "screen.h5ad has no X, but layers: counts, scaled. Write it again after "
+        f"{SETTING}adata.X = adata.layers['counts'], log1p-normalised "
+        "(scanpy.pp.normalize_total, then scanpy.pp.log1p), or choose with --embed-key; obsm: none"
     )
 
 
@@ -998,7 +1000,8 @@ def test_log1p_mark_in_some_files_only_is_refused(
     two_files(ready, screen, other)
     refused(
         "some files carry uns/log1p and some do not (b.h5ad), which cell-load refuses; if those "
-        "too are log1p-normalised, write them again after adata.uns['log1p'] = {}"
+        "too are log1p-normalised, write them again after "
+        f"{SETTING}adata.uns['log1p'] = {{}}"
     )
 
 
