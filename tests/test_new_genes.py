@@ -19,6 +19,7 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, Result, run_script
 from demo_data import simulate, template, vectors
+from h5ad_forms import nullable, nullable_categories, old_categorical, plain_text
 from random_esm2 import write_checkpoint
 from test_train_run import FAST, FILES, TINY, make_screen, run_json, stock_command
 
@@ -114,6 +115,25 @@ def test_dry_run_is_content_when_every_label_has_a_vector(add: Any, run: Path) -
     assert add("--adata", "template.h5ad", "--dry-run") == Result(
         0, "", f"2 labels, none of which would be predicted as control by {run}\n"
     )
+
+
+@pytest.mark.parametrize("store", [nullable, plain_text, nullable_categories, old_categorical])
+def test_template_is_read_however_its_labels_and_names_are_stored(
+    add: Any, run: Path, tmp_path: Path, store: Any
+) -> None:
+    """As state tx infer reads it, by anndata."""
+    wanted = tmp_path / "wanted.h5ad"
+    shutil.copy("wanted.h5ad", wanted)
+    store(wanted, "obs/target_gene")
+    for index in ("obs/_index", "var/_index"):
+        nullable(wanted, index)
+    assert add("--adata", wanted, "--dry-run").err == (
+        f"error: 1 of 2 labels not known to {run} ({NEW}): state tx infer would predict them as "
+        "control. Add them: this command without --dry-run\n"
+    )
+    done = add("--adata", wanted)
+    assert (done.code, "warning" in done.err) == (0, False)
+    assert add("--adata", wanted, "--dry-run").code == 0
 
 
 def test_dry_run_also_names_labels_with_the_vector_of_the_control(add: Any, run: Path) -> None:
