@@ -68,8 +68,10 @@ import tempfile
 import threading
 import time
 import uuid
+import warnings
 import zipfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -196,8 +198,11 @@ CONSECUTIVE = "data.kwargs.use_consecutive_loading"
 STOCK_MAX_WORKERS = 12
 """num_workers of the stock configuration."""
 
-LLAMA_VOCABULARY = 32_000
-"""Rows of the (zero, frozen) token embedding in State's transformer: LlamaConfig's default."""
+SPACES = ("gene", "all", "embedding")
+"""Of --output-space."""
+
+TAHOE_CONTROL = "[('DMSO_TF', 0.0, 'uM')]"
+"""What run_tx_train sets for the perturbation column drugname_drugconc."""
 
 MANAGED = {
     "data.kwargs.toml_config_path": "--config",
@@ -365,6 +370,10 @@ class DataFile:
         The file carries uns/log1p.
     grouped
         The cells of a (cell type, label) stand together, as stock's consecutive loading needs.
+    matrices
+        {X or obsm/KEY: its columns}.
+    batches
+        Different values of the batch column, as text.
     unreadable
         Nodes that cell-load cannot read as they are stored.
     """
@@ -378,6 +387,8 @@ class DataFile:
     width: int
     log1p: bool
     grouped: bool
+    matrices: Mapping[str, int]
+    batches: frozenset[str]
     unreadable: Sequence[Unreadable] = ()
 
 
@@ -447,6 +458,10 @@ def inspect_file(
             width=width,
             log1p="uns" in file and "log1p" in file["uns"],
             grouped=int((np.diff(groups) != 0).sum()) < len(np.unique(groups)),
+            matrices=matrices_of(file),
+            batches=frozenset(map(str, open_column(file, columns.batch)[0]))
+            if columns.batch
+            else frozenset(),
             unreadable=find_unreadable(file, nodes_read(file, columns, kwargs)),
         )
     return None
@@ -579,6 +594,16 @@ def check_names_of_output(
             f"names of the {count(selected, 'gene')} of {source} with output space gene: `state tx "
             f"predict` will write genes named 0, 1, 2 ... {remedy}"
         )
+
+
+def matrices_of(file: h5py.File) -> dict[str, int]:
+    """{X or obsm/KEY: its columns} of every matrix that is one."""
+    obsm = file.get("obsm")
+    columns = {}
+    for name in ("X", *(f"obsm/{key}" for key in getattr(obsm, "keys", tuple)())):
+        with contextlib.suppress(InputError, KeyError):
+            columns[name] = matrix_shape(file[name])[1]
+    return columns
 
 
 def check_genes(files: Sequence[DataFile], found: Findings) -> None:
@@ -973,38 +998,6 @@ def _check_labels(
             )
 
 
-def checkpoint_bytes(settings: Mapping[str, Any], width: int, pert_width: int) -> int | None:
-    """Size of one checkpoint of a State model, Adam's two moments included; None if unknown.
-
-    The layers of StateTransitionPerturbationModel, counted: a test holds it against the model.
-    """
-    if settings["model"]["name"] != "state":
-        return None
-    model = settings["model"]["kwargs"]
-    llama, hidden = model["transformer_backbone_kwargs"], model["hidden_dim"]
-
-    def mlp(n_in: int, n_out: int, layers: int) -> int:
-        inner = max(layers - 2, 0) * (hidden + 1) * hidden
-        return (
-            (n_in + 1) * (hidden if layers > 1 else n_out)
-            + inner
-            + ((hidden + 1) * n_out if layers > 1 else 0)
-        )
-
-    encoder_layers = model["n_encoder_layers"]
-    basal_layers = encoder_layers if model.get("use_basal_projection", True) else 1
-    basal = mlp(width, hidden, basal_layers)
-    heads = llama["num_attention_heads"] + llama["num_key_value_heads"]
-    attention = 2 * hidden * heads * llama["head_dim"]
-    layer = attention + 3 * hidden * llama["intermediate_size"] + 2 * hidden
-    trained = mlp(pert_width, hidden, encoder_layers) + basal
-    trained += mlp(hidden, width, model["n_decoder_layers"])
-    trained += llama["num_hidden_layers"] * layer + hidden
-    if settings["data"]["kwargs"]["output_space"] == "all":
-        trained += (width + 1) * (width // 8) + (width // 8 + 1) * width
-    return 4 * (3 * trained + LLAMA_VOCABULARY * hidden)
-
-
 def check_disk(
     each: int | None, step_checkpoints: int, run_dir: Path, reserved: int, found: Findings
 ) -> None:
@@ -1031,6 +1024,280 @@ def check_disk(
 def existing_parent(path: Path) -> Path:
     """The path itself, or the nearest folder above that exists."""
     return next(p for p in (path, *path.parents) if p.exists())
+
+
+# ---------------------------------------------------------------------------------------------
+# The model: what State's own training makes of the configuration, tried without data
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A model that was to take one training step without data.
+
+    Attributes
+    ----------
+    problem
+        Why it cannot be trained, or None.
+    checkpoint
+        Bytes of a checkpoint, or None where that is unknown.
+    """
+
+    problem: str | None
+    checkpoint: int | None = None
+
+
+def set_length(stock: Mapping[str, Any]) -> int | None:
+    """Cells in a set, where run_tx_train looks for it (state/_cli/_tx/_train.py); None where it
+    finds no number, as with embedsum of State 0.11.1."""
+    model, kwargs = stock["model"], stock["model"]["kwargs"]
+    backbone = kwargs.get("transformer_backbone_kwargs") or {}
+    if "cell_set_len" in model:
+        length = model["cell_set_len"]
+    elif wants_cell_type_map(stock):
+        length = max(1, kwargs.get("cell_sentence_len", 1))
+    else:
+        length = backbone.get("n_positions", backbone.get("max_position_embeddings"))
+    return length if isinstance(length, int) and length > 0 else None
+
+
+def wants_cell_type_map(stock: Mapping[str, Any]) -> bool:
+    """Models that run_tx_train tells how many cell types, perturbations and batches there are."""
+    name = stock["model"]["name"].lower()
+    return name in ("cpa", "scvi") or name.startswith("scgpt")
+
+
+def lacks_cell_type_map() -> bool:
+    """For those, run_tx_train of State 0.11.1 reads celltype_onehot_map of the data module, which
+    in cell-load 0.10.4 is cell_type_onehot_map. Looked up in what is installed."""
+    from cell_load.data_modules import PerturbationDataModule
+    from state._cli import run_tx_train
+
+    name, of_module = "celltype_onehot_map", PerturbationDataModule.__init__.__code__.co_names
+    return name in run_tx_train.__code__.co_names and name not in of_module
+
+
+def counts_read(kwargs: Mapping[str, Any]) -> str | None:
+    """Where cell-load takes the genes that State learns to decode from an embedding
+    (PerturbationDataModule.store_raw_expression), or None."""
+    embed, space = kwargs["embed_key"], kwargs["output_space"]
+    if not embed or space == "embedding" or (space == "gene" and embed == "X_hvg"):
+        return None
+    return "X" if space == "all" else "obsm/X_hvg"
+
+
+def matrices_read(kwargs: Mapping[str, Any]) -> list[str]:
+    """Matrices whose rows PerturbationDataset reads; of X and obsm/X_hvg always the shape."""
+    embed, space = kwargs["embed_key"], kwargs["output_space"]
+    names = {f"obsm/{embed}" if embed else "X", counts_read(kwargs)}
+    if kwargs.get("store_raw_basal") and space != "embedding":
+        names.add("X" if space == "all" else "obsm/X_hvg")
+    return sorted(name for name in names if name)
+
+
+def matrix_problems(files: Sequence[DataFile], kwargs: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(problem, how to mend it) of matrices that cell-load would not find or stack.
+
+    That the one which is trained on is in every file, and equally wide, is checked elsewhere.
+    """
+    embed = kwargs["embed_key"]
+    problems = []
+
+    def note(paths: Sequence[Path], what: str, mend: str) -> None:
+        if paths:
+            names = some(map(str, paths))
+            problems.append((f"{count(len(paths), 'file')} {what} ({names})", mend))
+
+    for matrix in matrices_read(kwargs):
+        name = "X" if matrix == "X" else f"obsm[{matrix.removeprefix('obsm/')!r}]"
+        there = {f.path: f.matrices[matrix] for f in files if matrix in f.matrices}
+        if matrix == (f"obsm/{embed}" if embed else "X"):
+            continue
+        why = "which data.kwargs.store_raw_basal=true reads"
+        if matrix == counts_read(kwargs):
+            why = f"whose genes State would learn with --output-space {kwargs['output_space']}"
+        absent = [f.path for f in files if f.path not in there]
+        note(absent, f"without {matrix}, {why}", f"add adata.{name}")
+        width = next(iter(there.values()), 0)
+        other = [path for path, columns in there.items() if columns != width]
+        same = f"write adata.{name} with the same genes in every file"
+        note(other, f"with other than {width:,} columns in {matrix}", same)
+    bare = [f.path for f in files if not {"X", "obsm/X_hvg"} & set(f.matrices)]
+    # PerturbationDataset._get_num_genes
+    note(bare, "with neither X nor obsm/X_hvg, of which cell-load counts the genes", "add adata.X")
+    return problems
+
+
+def data_dims(files: Sequence[DataFile], pert_width: int) -> dict[str, Any]:
+    """What the data module's get_var_dims will give State; 1 for a width that is not there, or
+    not known (0)."""
+
+    def columns(matrix: str) -> int:
+        return next((f.matrices[matrix] for f in files if matrix in f.matrices), 1)
+
+    return {
+        "input_dim": files[0].width,
+        "output_dim": files[0].width,
+        "gene_dim": columns("X"),
+        "hvg_dim": columns("obsm/X_hvg"),
+        "pert_dim": pert_width or 1,
+        "batch_dim": len({b for f in files for b in f.batches}) or 1,
+        "gene_names": files[0].genes,
+    }
+
+
+def as_run_tx_train(stock: Mapping[str, Any], dims: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of the configuration (State's constructors write into it) with the decoder of genes
+    that run_tx_train adds."""
+    own = deepcopy(dict(stock))
+    model, space = own["model"]["kwargs"], own["data"]["kwargs"]["output_space"]
+    if space == "embedding":
+        model.pop("decoder_cfg", None)
+        model["gene_decoder_bool"] = False
+    else:
+        model["decoder_cfg"] = {
+            "latent_dim": dims["output_dim"],
+            "gene_dim": dims["hvg_dim" if space == "gene" else "gene_dim"],
+            "hidden_dims": model.get("decoder_hidden_dims", [1024, 1024, 512]),
+            "dropout": model.get("decoder_dropout", 0.1),
+            "residual_decoder": model.get("residual_decoder", False),
+        }
+    return own
+
+
+def empty_batch(stock: Mapping[str, Any], dims: Mapping[str, Any], cells: int) -> dict[str, Any]:
+    """What collate_fn of PerturbationDataset returns for control cells, as far as models read it;
+    tensors (cells, width) on the device of the context."""
+    import torch
+
+    kwargs = stock["data"]["kwargs"]
+    widths = {"pert_cell_emb": dims["output_dim"], "ctrl_cell_emb": dims["input_dim"]}
+    widths |= {"pert_emb": dims["pert_dim"], "batch": dims["batch_dim"]}
+    if counts_read(kwargs):
+        widths["pert_cell_counts"] = stock["model"]["kwargs"]["decoder_cfg"]["gene_dim"]
+    batch: dict[str, Any] = {key: torch.zeros(cells, width) for key, width in widths.items()}
+    return batch | {"pert_name": [kwargs["control_pert"]] * cells, "cell_type": [""] * cells}
+
+
+def checkpoint_bytes(module: Any, stepped: bool, decodes: bool) -> int:
+    """Weights and buffers once, and two more of each weight that learns: Adam's moments, as all
+    models of State 0.11.1 that can be trained take Adam.
+
+    Parameters
+    ----------
+    stepped
+        The weights that learn have a gradient; else those of the decoder do where it `decodes`.
+    """
+    learning = [
+        p
+        for key, p in module.named_parameters()
+        if p.requires_grad
+        and (p.grad is not None if stepped else decodes or not key.startswith("gene_decoder."))
+    ]
+    once = sum(tensor.nbytes for tensor in module.state_dict().values())
+    return once + 2 * sum(p.nbytes for p in learning)
+
+
+def try_model(stock: Mapping[str, Any], dims: Mapping[str, Any], step: bool = True) -> Trial:
+    """Build the model as run_tx_train does, and let it take a step on one set of cells.
+
+    On torch's meta device tensors have shapes but no values: that takes no memory and, once State
+    is imported (3 s), a tenth of a second. Errors about this device, or that there is no trainer,
+    are not the model's.
+
+    Parameters
+    ----------
+    dims
+        Of `data_dims`.
+    step
+        Take the step; not where the data lacks what it needs.
+    """
+    if wants_cell_type_map(stock):
+        version = importlib.metadata.version("cell-load")
+        asks = "State's training asks the data module for celltype_onehot_map, which cell-load "
+        return Trial(f"{asks}{version} does not have" if lacks_cell_type_map() else None)
+    cells = set_length(stock)
+    if cells is None:
+        add = f"+model.cell_set_len={stock['model']['kwargs'].get('cell_set_len') or 512}"
+        return Trial(f"State's training does not find how many cells a set has; add {add}")
+
+    import state.tx.models  # noqa: F401  (what modules make when imported must not be meta)
+    import torch
+    from state.tx.utils import get_lightning_module
+
+    stock = as_run_tx_train(stock, dims)
+    model, kwargs = stock["model"], stock["data"]["kwargs"]
+    module, stepped = None, False
+    with (
+        torch.device("meta"),
+        contextlib.redirect_stdout(io.StringIO()),  # State prints the model
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")  # of losses that no trainer logs
+        try:
+            module = get_lightning_module(
+                model["name"], kwargs, model["kwargs"], stock["training"], dims
+            )
+            own = getattr(module, "cell_sentence_len", cells)
+            if cells % own:
+                return Trial(
+                    f"it takes sets of {own} cells, and State's training would give it sets of "
+                    f"{cells}; set model.kwargs.cell_set_len, and no other length"
+                )
+            if step:
+                loss = module.training_step(empty_batch(stock, dims, cells), 0)
+                if loss is not None:  # the mean baselines have nothing to minimise
+                    loss.backward()
+                elif model["name"].lower() == "decoder_only":
+                    return Trial("it learns to decode an embedding into genes, and is given none")
+                stepped = True
+        except Exception as error:  # State, transformers and torch raise anything
+            text = " ".join(f"{type(error).__name__}: {error}".split())
+            if isinstance(error, OSError) or not re.search(r"\bmeta\b|to a .?Trainer", text):
+                what = "a training step" if module else "building it"
+                return Trial(f"{what} ends in {text[:300]}")
+    if module is None:
+        return Trial(None)
+    return Trial(None, checkpoint_bytes(module, stepped, counts_read(kwargs) is not None))
+
+
+def other_spaces(
+    stock: Mapping[str, Any], files: Sequence[DataFile], dims: Mapping[str, Any]
+) -> list[str]:
+    """The other output spaces with which the same model can be trained on the same files."""
+    fitting = []
+    for space in SPACES:
+        kwargs = {**stock["data"]["kwargs"], "output_space": space}
+        other = {**stock, "data": {**stock["data"], "kwargs": kwargs}}
+        known = space == stock["data"]["kwargs"]["output_space"] or matrix_problems(files, kwargs)
+        if not known and try_model(other, dims).problem is None:
+            fitting.append(space)
+    return fitting
+
+
+def check_model(
+    name: str, stock: Mapping[str, Any], files: Sequence[DataFile], found: Findings
+) -> None:
+    """Note why State could not train this model (`name` of its configuration) on these files."""
+    dims = data_dims(files, pert_width=0)
+    lacking = matrix_problems(files, stock["data"]["kwargs"])
+    trial = try_model(stock, dims, step=not lacking)
+    if not lacking and trial.problem is None:
+        return
+    spaces = " or ".join(other_spaces(stock, files, dims))
+    for problem, mend in lacking:
+        choose = f"Choose --output-space {spaces}, or {mend}"
+        found.problems.append(f"{problem}. {choose if spaces else mend[0].upper() + mend[1:]}")
+    if trial.problem is not None:
+        advice = f". With --output-space {spaces} it can" if spaces else ""
+        if "'GPT2Attention' object has no attribute 'bias'" in trial.problem:
+            advice = ", as State's GPT2 does not fit the installed transformers. Choose a model on "
+            advice += "llama, such as --model state, and no transformer_backbone_key=GPT2"
+        elif wants_cell_type_map(stock):
+            advice = ". Choose another model, such as --model state"
+        elif name == "decoder_only" and not stock["data"]["kwargs"]["embed_key"]:
+            advice = ". Give it --embed-key KEY and --output-space all"
+        found.problems.append(f"model {name} cannot be trained like this: {trial.problem}{advice}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1073,29 +1340,6 @@ class FastLoading:
         return [c for c in self.copies.values() if not c.target.exists()]
 
 
-def set_length(stock: Mapping[str, Any]) -> int:
-    """Cells in a set, where run_tx_train looks for it."""
-    model = stock["model"]
-    backbone = model["kwargs"].get("transformer_backbone_kwargs", {})
-    lengths = (
-        model.get("cell_set_len"),
-        backbone.get("n_positions"),
-        backbone.get("max_position_embeddings"),
-        model["kwargs"].get("cell_sentence_len"),
-    )
-    return int(next((n for n in lengths if n is not None), 1))
-
-
-def matrices_read(kwargs: Mapping[str, Any]) -> list[str]:
-    """Matrices whose rows PerturbationDataset reads; of X and obsm/X_hvg always the shape."""
-    embed, space = kwargs["embed_key"], kwargs["output_space"]
-    names = {f"obsm/{embed}" if embed else "X"}
-    counts = embed and ((embed != "X_hvg" and space == "gene") or space == "all")
-    if counts or (kwargs.get("store_raw_basal") and space != "embedding"):
-        names.add("X" if space == "all" else "obsm/X_hvg")
-    return sorted(names)
-
-
 def check_consecutive(data: Data, stock: Mapping[str, Any], found: Findings) -> None:
     """What stock's consecutive loading breaks on."""
     instead = "--fast-loading dense has no such need"
@@ -1106,7 +1350,7 @@ def check_consecutive(data: Data, stock: Mapping[str, Any], found: Findings) -> 
             f"{stock['data']['kwargs']['basal_mapping_strategy']} wants them grouped by batch; "
             f"{instead}"
         )
-    length = set_length(stock)
+    length = set_length(stock) or 1  # without one it is refused anyway
     short = []
     for f, i in cell_types_read(data.experiment, data.files):
         control = data.columns.control
@@ -1681,6 +1925,12 @@ def inspect_data(
     columns = find_columns(columns_there, asked, found) if columns_there else None
     if columns is None:
         return None
+    if columns.pert == "drugname_drugconc" and columns.control != TAHOE_CONTROL:
+        found.problems.append(
+            f"State's training takes {TAHOE_CONTROL!r} for the control of a perturbation column "
+            f"named {columns.pert}, whatever --control-pert says; give that label, or another "
+            "name to the column"
+        )
     inspected = [
         inspect_file(dataset, path, columns, stock, found)
         for dataset, paths in by_dataset.items()
@@ -1710,7 +1960,8 @@ def choose_workers(stock: Mapping[str, Any], data: Data) -> int:
     rows = min(CACHED_ROWS, sum(int(f.cells.sum()) for f in data.files))
     if stock["data"]["kwargs"]["use_consecutive_loading"]:
         rows = 0
-    batch = 2 * stock["training"]["batch_size"] * set_length(stock)  # perturbed and control cells
+    cells = set_length(stock) or 1  # without one it is refused anyway
+    batch = 2 * stock["training"]["batch_size"] * cells  # perturbed and control cells
     each, shared = 4 * width * (rows + PREFETCH * batch), 4 * width * PREFETCH * batch
     loaders = ranks(stock) * (2 if data.splits["val"] or data.splits["test"] else 1)
     fitting = available_memory() // 2 // (loaders * each)
@@ -1759,6 +2010,20 @@ def require_numbers(training: Mapping[str, Any]) -> None:
             raise InputError(f"training.{key} must be a whole number above 0, got {value!r}")
 
 
+def require_known(data: Mapping[str, Any]) -> None:
+    """What the option checks itself, an override may hold; where State knows one data module."""
+    if data["name"] != "PerturbationDataModule":
+        raise InputError(
+            f"data.name={data['name']}: State trains on a PerturbationDataModule only; leave data= "
+            "and data.name out"
+        )
+    space = data["kwargs"].get("output_space")
+    if space not in SPACES:
+        raise InputError(f"data.kwargs.output_space must be gene, all or embedding, got {space!r}")
+    if data["kwargs"]["embed_key"] == "":
+        raise InputError("data.kwargs.embed_key is empty; to train on X, leave it out")
+
+
 def make_plan(
     args: argparse.Namespace,
     run_dir: Path,
@@ -1787,6 +2052,7 @@ def make_plan(
     asked = settings | typed_settings(typed)
     stock = compose(overrides_of(settings, typed))
     require_numbers(stock["training"])
+    require_known(stock["data"])
     every = "ckpt_every_n_steps"  # has a default that stock ignores: only an explicit one counts
     interval = int(stock["training"][every]) if f"training.{every}" in asked else None
     data = features = fast = made = None
@@ -1794,6 +2060,12 @@ def make_plan(
     layout = args.fast_loading or kept.get("fast_loading")
     with found.collect():
         data = inspect_data(args.config, asked, stock["data"]["kwargs"], found)
+    if data and data.files:  # before hours go into features
+        check_model(str(asked["model"]), stock, data.files, found)
+    init = stock["model"]["kwargs"].get("init_from")
+    if init and not kept:
+        with found.collect():
+            existing_file(init, "checkpoint to start from (model.kwargs.init_from)")
     with found.collect():
         if args.pert_features:
             features = check_features(args.pert_features, manifest, data, found)
@@ -1819,7 +2091,7 @@ def make_plan(
             if existing_parent(folder).stat().st_dev == existing_parent(run_dir).stat().st_dev:
                 reserved = sum(copy.size for copy in fast.missing())
         if features:
-            each = checkpoint_bytes(stock, data.files[0].width, features["width"])
+            each = try_model(stock, data_dims(data.files, features["width"])).checkpoint
             steps = stock["training"]["max_steps"] // interval if interval else 0
             check_disk(each, steps, run_dir, reserved, found)
     for message in found.warnings:
@@ -2889,7 +3161,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--cell-type-key", metavar="COL", help="obs column (default: cell_type)")
     add("--batch-col", metavar="COL", help=f"obs column (default: found: {BATCH_COLUMNS_HELP})")
     add("--embed-key", metavar="KEY", help="train on obsm[KEY] (default: on X)")
-    add("--output-space", choices=("gene", "all", "embedding"), help="(stock: all)")
+    add("--output-space", choices=SPACES, help="(stock: all)")
 
     add = parser.add_argument_group("training").add_argument
     add("--model", metavar="NAME", help="state, state_sm, state_lg ... (default: state_sm)")

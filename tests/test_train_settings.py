@@ -513,12 +513,21 @@ def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
     assert modules & (heavy | {"hydra", "omegaconf", "toml", "tqdm"}) == set()
 
 
-def test_preflight_imports_neither_lightning_nor_the_model(ready: Path) -> None:
+HEAVY = ("lightning", "transformers", "state.tx", "cell_load.data_modules", "scanpy")
+
+
+def test_preflight_imports_the_model_but_not_the_data_module(ready: Path) -> None:
     arguments = [*FILES, "--dry-run"]
     modules, printed = imported_by(f"train_with_esm_features.main({arguments!r})", ready)
     assert printed.startswith("state tx train ")
-    heavy = ("lightning", "transformers", "state.tx", "cell_load.data_modules", "scanpy", "anndata")
-    assert {m for m in modules if m.startswith(heavy)} == set()
+    assert {m for m in modules if m in HEAVY} == {"lightning", "transformers", "state.tx"}
+
+
+def test_preflight_imports_no_model_before_the_data_can_be_read(ready: Path) -> None:
+    (ready / "screen.h5ad").unlink()
+    arguments = [*FILES, "--dry-run"]
+    modules, _ = imported_by(f"assert train_with_esm_features.main({arguments!r}) == 1", ready)
+    assert {m for m in modules if m.startswith(HEAVY)} == set()
 
 
 # --- the run that is there already --------------------------------------------------------------
