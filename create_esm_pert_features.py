@@ -49,6 +49,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import csv
 import datetime
 import difflib
@@ -104,6 +105,11 @@ SPLITS = ("train", "val", "test")
 
 SECTIONS = ("datasets", "training", "zeroshot", "fewshot")
 """Sections of a TOML that cell-load reads; it ignores others."""
+
+SETTINGS_GO = (
+    "Settings of State stand at the end of the training's command line as KEY=VALUE, e.g. "
+    "model.kwargs.cell_set_len=64"
+)
 
 OUR_SECTION = "features"
 """A table of ours in a TOML: options of sources, symbols and policy."""
@@ -183,10 +189,16 @@ class Stopped(BaseException):
 # ---------------------------------------------------------------------------------------------
 
 
+def shown(name: str) -> str:
+    """A name as a message lists it: in quotes where a blank, or no sign at all, would be missed."""
+    unseen = name != name.strip() or not name.isprintable() or re.search(r"\s[+|]|[+|]\s", name)
+    return repr(name) if unseen or not name else name
+
+
 def some(items: Iterable[str], limit: int = 5) -> str:
     """First items of a list for a message: 'A, B, C, D, E, ...'."""
-    shown = list(items)
-    return ", ".join(shown[:limit]) + (", ..." if len(shown) > limit else "")
+    names = list(items)
+    return ", ".join(map(shown, names[:limit])) + (", ..." if len(names) > limit else "")
 
 
 def count(n: int, noun: str) -> str:
@@ -205,11 +217,16 @@ def have(n: int) -> str:
     return "has" if n == 1 else "have"
 
 
+def them(n: int) -> str:
+    """The pronoun of n things that are acted on."""
+    return "it" if n == 1 else "them"
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """' (did you mean A, B?)' for the names nearest to `name`, or nothing."""
     by_lower = {k.lower(): k for k in known}
     near = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.6)
-    return f" (did you mean {', '.join(by_lower[n] for n in near)}?)" if near else ""
+    return f" (did you mean {some(by_lower[n] for n in near)}?)" if near else ""
 
 
 def one_error(problems: Sequence[str]) -> InputError:
@@ -450,6 +467,8 @@ def existing_file(path: str | Path, what: str) -> Path:
         raise InputError(f"{what} {path} is a pipe or device; write it to a file first")
     if not path.is_file():
         where = "" if path.is_absolute() else f" (looked in {Path.cwd()})"
+        if path.is_symlink():
+            where = f": it is a link to {path.readlink()}, where nothing is"
         raise InputError(f"no such {what}: {path}{where}")
     return path
 
@@ -509,7 +528,9 @@ def experiment_problems(experiment: ExperimentConfig) -> list[str]:
             problems.append(f"[datasets] {name} must be a path in quotes, got {path!r}")
     for name, split in experiment.training.items():
         if split != "train":
-            problems.append(f'[training] {name} = {split!r}: the only value is "train"')
+            wrong = f'[training] {name} = {split!r}: the only value is "train"'
+            settings = f", and each name one of [datasets]. {SETTINGS_GO}"
+            problems.append(wrong + ("" if name in experiment.datasets else settings))
     for key, split in experiment.zeroshot.items():
         problems += _held_out_key_problems("zeroshot", key, split)
         if "." in key and not isinstance(split, dict) and split not in SPLITS:
@@ -553,6 +574,28 @@ def _fewshot_split_problems(key: str, splits: Mapping[str, Any]) -> list[str]:
     return problems
 
 
+def unread_parts(sections: Mapping[str, Any]) -> list[str]:
+    """What stands in a TOML and is read by neither cell-load nor these scripts, to be said once.
+
+    What has no path, no such split or no such dataset is a problem: see `experiment_problems`.
+    """
+    names = [
+        f"[{name}]" if isinstance(content, Mapping) else f"{name} (in no section)"
+        for name, content in sections.items()
+        if name not in (*SECTIONS, OUR_SECTION)
+    ]
+    texts = [f"nothing reads {some(names)}. {SETTINGS_GO}"] if names else []
+    # PerturbationDataModule._split_fewshot_celltype: all that val and test do not name trains
+    fewshot = sections.get("fewshot", {})
+    lists = [f'[fewshot."{key}"]' for key, kept in fewshot.items() if "train" in kept]
+    if lists:
+        texts.append(
+            f"{some(lists)} train: cell-load ignores this list. Every perturbation of the cell "
+            "type that val and test do not name trains"
+        )
+    return texts
+
+
 def expand_braces(pattern: str) -> list[str]:
     """'x/{a,b}.h5' -> ['x/a.h5', 'x/b.h5'], for any number of braces, as cell-load does it."""
     match = re.search(r"\{([^}]+)\}", pattern)
@@ -593,10 +636,91 @@ def files_cell_load_reads(path: str) -> list[Path]:
     return list({f.stem: f for f in dataset_files(path)}.values())
 
 
+CELLS = re.compile(r".*\.(h5|h5ad|h5mu|hdf5|loom|zarr)(\.(gz|bz2|xz|zst|zip))?", re.IGNORECASE)
+"""Names of files that hold cells; cell-load reads .h5 and .h5ad, in small letters."""
+
+MOST_FOLDERS = 1000
+"""So many sub-folders of a dataset's folder are searched for files that are not read."""
+
+
+def searched(path: str) -> list[Path]:
+    """`dataset_files`, but none for a path that cell-load would die of."""
+    with contextlib.suppress(NotImplementedError, ValueError):
+        return dataset_files(path)
+    return []
+
+
+def folders_searched(path: str) -> list[Path]:
+    """The folders whose .h5 and .h5ad files a path of [datasets] means."""
+    if not any(character in path for character in "*?[]{}"):
+        return [Path(path)] if Path(path).is_dir() else []
+    folders: list[Path] = []
+    for branch in expand_braces(str(Path(path))):
+        if not branch.endswith((".h5", ".h5ad")):
+            absolute = branch.startswith("/")
+            folders += map(Path, glob.glob(branch)) if absolute else Path().glob(branch)  # noqa: PTH207
+    return [f for f in dict.fromkeys(folders) if f.is_dir()]
+
+
+def other_endings(path: str) -> list[Path]:
+    """Files of cells in the folders of a dataset whose name cell-load passes over."""
+    folders = [f for f in folders_searched(path) if os.access(f, os.R_OK)]
+    entries = sorted(entry for folder in folders for entry in folder.iterdir())
+    read = {*searched(path)}
+    return [e for e in entries if CELLS.fullmatch(e.name) and e not in read]
+
+
+def deeper_files(path: str) -> list[Path]:
+    """Files that a person may mean, and cell-load does not read: in sub-folders, or under **.
+
+    cell-load gives absolute patterns to glob.glob, for which ** is *, and relative ones to
+    Path.glob, for which it is any number of folders.
+    """
+    found: dict[Path, None] = {}
+    for branch in expand_braces(path):
+        if branch.startswith("/") and "**" in branch:
+            whole = branch.endswith((".h5", ".h5ad"))
+            for pattern in [branch] if whole else [f"{branch}/*.h5", f"{branch}/*.h5ad"]:
+                found |= dict.fromkeys(map(Path, sorted(glob.glob(pattern, recursive=True))))  # noqa: PTH207
+    if "**" not in path:
+        walks = itertools.chain(*(os.walk(folder) for folder in folders_searched(path)))
+        for folder, below, names in itertools.islice(walks, MOST_FOLDERS):
+            below[:] = sorted(b for b in below if not b.startswith(".") and not b.endswith(".zarr"))
+            files = sorted(n for n in names if n.endswith((".h5", ".h5ad")) and n[0] != ".")
+            found |= dict.fromkeys(Path(folder) / name for name in files)
+    read = {*searched(path)}
+    return [f for f in found if f not in read]
+
+
+def brace_path(files: Sequence[Path]) -> str:
+    """One path of [datasets] that means these files, 'data/{a,sub/b}.h5ad', or nothing."""
+    if len(files) == 1:
+        return str(files[0])
+    top = Path(os.path.commonpath([f.parent for f in files]))
+    endings = {f.suffix for f in files}
+    ending = endings.pop() if len(endings) == 1 else ""
+    names = (str(f.relative_to(top)).removesuffix(ending) for f in files)
+    path = str(top / f"{{{','.join(names)}}}{ending}")
+    return path if searched(path) == [*files] else ""
+
+
+def path_of_all(path: str, files: Sequence[Path]) -> str:
+    """A path of [datasets] that means all these files, tried, or an advice in words."""
+    relative = os.path.relpath(path)
+    below = relative if "**" in relative else f"{relative}/**"
+    wanted = {f.resolve() for f in files}
+    for candidate in (below, brace_path(files) if len(files) <= 10 else ""):
+        if candidate and {f.resolve() for f in searched(candidate)} == wanted:
+            return f"the path {candidate}"
+    return "a list of them in braces, {a,b}"
+
+
 def find_data_files(
     experiment: ExperimentConfig, toml_path: Path
 ) -> tuple[dict[str, list[Path]], list[str]]:
     """Files of every dataset used by a TOML, and what is wrong with its paths.
+
+    What the TOML or its paths seem to mean and nothing reads is said here, once a run.
 
     Returns
     -------
@@ -606,6 +730,10 @@ def find_data_files(
         Datasets without a file. Where the path would work relative to the TOML, it says so:
         cell-load reads it relative to the working directory.
     """
+    import toml
+
+    for text in unread_parts(toml.loads(toml_path.read_text(encoding="utf-8"))):
+        warn(f"{toml_path}: {text}")
     files: dict[str, list[Path]] = {}
     problems = []
     used = experiment.get_all_datasets()
@@ -632,16 +760,69 @@ def find_data_files(
             )
         if not files[name]:
             problems.append(_no_file_message(name, path, toml_path))
+    read = {f.resolve() for found in files.values() for f in found}
+    for name in files:
+        for text in _files_passed_over(experiment.datasets[name], files[name], read):
+            warn(f"dataset {name!r}: {text}")
     return files, problems
+
+
+def _files_passed_over(path: str, files: Sequence[Path], read: Collection[Path]) -> list[str]:
+    """What to say of files that seem to be of a dataset and are read by none, and of hidden ones.
+
+    Nothing of a dataset without any file, of which `_no_file_message` says it.
+    """
+    if not files:
+        return []
+    texts = []
+    others = [f for f in other_endings(path) if f.resolve() not in read]
+    if others:
+        texts.append(
+            f"cell-load reads what is named .h5 or .h5ad, not {some(map(str, others))}. Convert "
+            f"or rename {them(len(others))}, or move {them(len(others))} out of the folder"
+        )
+    deeper = [f for f in deeper_files(path) if f.resolve() not in read]
+    if deeper:
+        texts.append(
+            f"{_why_not_deeper(path)}: {count(len(deeper), 'file')} not read "
+            f"({some(map(str, deeper))}). To read {them(len(deeper))} too, give "
+            f"{path_of_all(path, [*files, *deeper])}"
+        )
+    dotted = [str(f) for f in files if f.name.startswith(".")]
+    if dotted:
+        texts.append(f"cell-load reads hidden files too: {some(dotted)}. Is that meant?")
+    return texts
+
+
+def _why_not_deeper(path: str) -> str:
+    if "**" in path:
+        return "in an absolute path cell-load takes ** for *"
+    return "cell-load does not look into sub-folders"
 
 
 def _no_file_message(name: str, path: str, toml_path: Path) -> str:
     message = f"dataset {name!r}: no .h5 or .h5ad file at {path}"
+    others, deeper = other_endings(path), deeper_files(path)
+    if Path(path).is_symlink():
+        return f"{message}, which is a link to {Path(path).readlink()}, where nothing is"
+    if deeper:
+        return (
+            f"{message}: {_why_not_deeper(path)}. To read {some(map(str, deeper))}, give "
+            f"{path_of_all(path, deeper)}"
+        )
+    if others:
+        return f"{message}, but {some(map(str, others))}: convert or rename {them(len(others))}"
+    whole = os.path.expandvars(os.path.expanduser(path))  # noqa: PTH111
+    for meant in (whole, f"{path}.h5ad", f"{path}.h5"):
+        if meant != path and searched(meant):
+            return f"{message}: cell-load takes a path as it is written. Write {meant}"
+    if Path(path).is_dir():
+        return f"{message}: the folder holds none; correct the path in {toml_path}"
     if Path(path).is_absolute():
         return f"{message}; correct the path in {toml_path}"
     message += f" (relative to the working directory {Path.cwd()})"
     beside = toml_path.resolve().parent
-    if dataset_files(str(beside / path)):
+    if searched(str(beside / path)):
         return (
             f"{message}. It exists relative to the TOML: run from {beside}, "
             "or make the path absolute"
@@ -664,21 +845,52 @@ class Labels:
         The control label.
     names
         Every label, the control included.
+    holders
+        {label: inputs that have it}.
+    columns
+        {data file: its obs column of labels}.
+    in_no_cell
+        {input: labels of it that no cell has}, as far as it is known.
     inputs
         Where they come from, as in the manifest.
     fewshot_only
-        Labels that [fewshot] names but no file holds: probable typos.
+        Labels that [fewshot] holds out but no file holds.
     """
 
     control: str
     names: dict[str, None] = field(default_factory=dict)
+    holders: dict[str, list[str]] = field(default_factory=dict)
+    columns: dict[str, str] = field(default_factory=dict)
+    in_no_cell: dict[str, Collection[str]] = field(default_factory=dict)
     inputs: list[dict[str, Any]] = field(default_factory=list)
     fewshot_only: list[str] = field(default_factory=list)
 
+    @property
+    def column(self) -> str | None:
+        """The obs column of the labels, if a data file was read."""
+        return next(iter(self.columns.values()), None)
+
     def add(self, labels: Iterable[str], **origin: Any) -> None:
+        """Add the labels of one input, in their order."""
         found = list(dict.fromkeys(labels))
         self.names.update(dict.fromkeys(found))
         self.inputs.append({**origin, "labels": len(found)})
+        for label in found:
+            self.holders.setdefault(label, []).append(str(origin["path"]))
+
+    def unused(self, path: str) -> Collection[str]:
+        """Labels of an input that no cell has: no training and no prediction reads their vector.
+
+        Cells are read when this is asked: only if a label is missing.
+        """
+        if path not in self.in_no_cell:
+            column = self.columns.get(path)
+            self.in_no_cell[path] = labels_in_no_cell(Path(path), column) if column else ()
+        return self.in_no_cell[path]
+
+    def needed_in(self, label: str) -> list[str]:
+        """The inputs that need a vector for a label."""
+        return [path for path in self.holders[label] if label not in self.unused(path)]
 
 
 @contextlib.contextmanager
@@ -708,6 +920,28 @@ def obs_columns(file: h5py.File) -> list[str]:
     return sorted(set(file["obs"]) - {index, "_index", "__categories"})
 
 
+class LacksColumn(InputError):
+    """Some of the files lack a column that the others have."""
+
+    def __init__(self, message: str, files: Sequence[Path]) -> None:
+        super().__init__(message)
+        self.files = files
+
+
+def leave_out(odd: Sequence[Path], by_dataset: Mapping[str, Sequence[Path]]) -> str:
+    """What to do if files of a dataset are none of the training, such as a template to predict."""
+    name, files = next((n, files) for n, files in by_dataset.items() if odd[0] in files)
+    rest = [f for f in files if f not in odd]
+    if len(files) == 1 or not rest:
+        return ""
+    path = brace_path(rest) if len(rest) <= 10 else ""
+    return (
+        f". If {some(map(str, odd))} {'is' if len(odd) == 1 else 'are'} not to be trained on (a "
+        f"template to predict, say), move {them(len(odd))} out, or give "
+        + (f"{name} = {json.dumps(path, ensure_ascii=False)}" if path else "the files in braces")
+    )
+
+
 def find_column(
     columns: Mapping[Path, Sequence[str]],
     wanted: str | None,
@@ -729,17 +963,21 @@ def find_column(
 
     Raises
     ------
+    LacksColumn
+        Some files have it and some do not.
     InputError
-        The column is missing from a file, or there is none or more than one candidate.
+        No file has it, or there is none or more than one candidate.
     """
-    for path, there in columns.items():
-        if wanted is not None and wanted not in there:
-            raise InputError(
-                f"{path} has no obs column {wanted!r}{did_you_mean(wanted, there)}; "
-                f"columns: {some(there, 20)}. Choose one with {flag}"
-            )
     if wanted is not None:
-        return wanted
+        lacking = [path for path, there in columns.items() if wanted not in there]
+        if not lacking:
+            return wanted
+        path, there = lacking[0], columns[lacking[0]]
+        message = (
+            f"{some(map(str, lacking))} {have(len(lacking))} no obs column {wanted!r}"
+            f"{did_you_mean(wanted, there)}; columns: {some(there, 20)}. Choose one with {flag}"
+        )
+        raise LacksColumn(message, lacking) if len(lacking) < len(columns) else InputError(message)
     shared = [c for c in candidates if all(c in there for there in columns.values())]
     if len(shared) == 1:
         return shared[0]
@@ -752,9 +990,20 @@ def find_column(
     usual = f"no obs column {', '.join(candidates[:4])} ..."
     if len(columns) == 1:
         raise InputError(f"{path} has {usual}; columns: {some(there, 20)}. Choose one with {flag}")
-    raise InputError(
-        f"{path} and {count(len(columns) - 1, 'more file')}: {usual} in common; "
-        f"columns of the first: {some(there, 20)}. Choose one with {flag}"
+    # the candidate that most files have: those that lack it are the odd ones
+    most = max(candidates, key=lambda c: sum(c in there for there in columns.values()))
+    lacking = [path for path, there in columns.items() if most not in there]
+    if len(lacking) == len(columns):
+        raise InputError(
+            f"{path} and {count(len(columns) - 1, 'more file')}: {usual} in common; "
+            f"columns of the first: {some(there, 20)}. Choose one with {flag}"
+        )
+    others = [str(path) for path in columns if path not in lacking]
+    raise LacksColumn(
+        f"{some(map(str, lacking))} {have(len(lacking))} no obs column {most}, which "
+        f"{some(others)} {have(len(others))}; columns there: {some(columns[lacking[0]], 20)}. "
+        f"Choose one that all have with {flag}",
+        lacking,
     )
 
 
@@ -960,6 +1209,25 @@ def gene_names_node(file: h5py.File) -> str | None:
     return next((f"var/{n}" for n in names if file.get(f"var/{n}") is not None), None)
 
 
+def unused_categories(labels: Sequence[str], codes: Iterable[np.ndarray]) -> set[str]:
+    """Categories that no cell has: what was filtered out after they were made.
+
+    `codes` are those of the cells in blocks, int (cells,), -1 for none.
+    """
+    import numpy as np
+
+    used = {code for block in codes for code in np.unique(block).tolist()}
+    return {label for i, label in enumerate(labels) if i not in used}
+
+
+def labels_in_no_cell(path: Path, column: str) -> set[str]:
+    """`unused_categories` of an obs column of a file."""
+    with open_h5ad(path) as file:
+        codes = open_column(file, column)[1]
+        blocks = (codes[i : i + 10_000_000] for i in range(0, len(codes), 10_000_000))
+        return unused_categories(read_labels(file, column), blocks)
+
+
 def gene_names(file: h5py.File) -> list[str]:
     """Gene names in order, from where cell-load takes them."""
     name = gene_names_node(file)
@@ -982,15 +1250,64 @@ def data_file_origin(path: Path) -> dict[str, Any]:
     return {"path": str(path), "kind": "adata", "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
 
 
+def relabelling(
+    whole: Iterable[str], guides: Iterable[str], control: str, column: str
+) -> tuple[str, Callable[[str], str]]:
+    """The line of pandas that makes `control` of whole labels, and of guides that are parts of one.
+
+    Returns
+    -------
+    line
+        Nothing if it would be long.
+    renamed
+        What it makes of a label, to be tried on all.
+    """
+
+    def patterns(names: Iterable[str]) -> list[str]:
+        return sorted({re.sub(r"\d+", r"\\d+", plain_regex(name)) for name in names})
+
+    alone, steps = patterns(whole), patterns(guides)
+    if alone:
+        steps.insert(0, f"^{alone[0]}$" if len(alone) == 1 else f"^({'|'.join(alone)})$")
+
+    def renamed(label: str) -> str:
+        for pattern in steps:
+            label = re.sub(pattern, lambda _: control, label)
+        return label
+
+    obs = f"adata.obs[{column!r}]"
+    replaced = "".join(f".str.replace(r'{p}', {control!r}, regex=True)" for p in steps)
+    short_enough = len(alone) + len(steps) <= 6
+    return f"{obs} = {obs}{replaced}.astype('category')" if short_enough else "", renamed
+
+
+def plain_regex(text: str) -> str:
+    """A text as a regular expression, with no more backslashes than it needs."""
+    return re.sub(r"\\([ #&~-])", r"\1", re.escape(text))
+
+
 def require_control(control: str, labels: Sequence[str], path: Path, column: str) -> None:
     """cell-load refuses a file without control cells; say which label was probably meant."""
     if control in labels:
         return
-    usual = [x for x in labels if re.search(r"control|ctrl|non.?targ|^nt", x, re.IGNORECASE)]
-    hint = f" (did you mean {some(usual)}?)" if usual else did_you_mean(control, labels)
+    guides = [x for x in labels if CONTROL_GUIDES.fullmatch(letters(x))]
+    hint, advice = did_you_mean(control, labels), "Name it with --control-pert"
+    if usual := [x for x in labels if re.search(r"control|ctrl|non.?targ|^nt", x, re.IGNORECASE)]:
+        hint = f" (did you mean {some(usual)}?)"
+    if control in map(str.strip, labels):
+        obs = f"adata.obs[{column!r}]"
+        advice = f"Take the blanks away: {obs} = {obs}.str.strip().astype('category')"
+    elif len(guides) > 1 and not {*map(letters, guides)} <= CONTROL_NAMES:
+        line, renamed = relabelling(guides, (), control, column)
+        exact = line and all((renamed(x) == control) == (x in guides) for x in labels)
+        hint = ""
+        advice = (
+            f"{some(guides)}: named like controls, but only one label can be the control. Give "
+            f"their cells the label {shown(control)}" + (f": {line}" if exact else "")
+        )
     raise InputError(
         f"{path}: no cell has the control label {control!r} in obs column {column!r}{hint}. "
-        f"Name it with --control-pert; labels: {some(sorted(labels)) or 'none'}"
+        f"{advice}; labels: {some(sorted(labels)) or 'none'}"
     )
 
 
@@ -1004,14 +1321,13 @@ def label_column(paths: Sequence[Path], pert_col: str | None) -> str:
 
 
 def labels_of_files(
-    paths: Sequence[Path], pert_col: str | None, control: str | None
+    paths: Sequence[Path], column: str, control: str | None
 ) -> dict[Path, list[str]]:
     """Labels of each file, all read from one column.
 
     Files that are trained on have a `control`, which must be in each; cell-load reads them, while
     anndata, which reads more, reads a template.
     """
-    column = label_column(paths, pert_col)
     labels, unreadable = {}, {}
     for path in paths:
         with open_h5ad(path) as file:
@@ -1036,28 +1352,43 @@ def add_toml_labels(labels: Labels, toml_path: Path, pert_col: str | None) -> No
     files = list(dict.fromkeys(f for found in by_dataset.values() for f in found))
     if not files:
         raise InputError(f"{toml_path}: [training], [zeroshot] and [fewshot] name no dataset")
-    in_files = labels_of_files(files, pert_col, labels.control)
-    add_labels_found(labels, in_files, experiment, toml_path)
-    for label in labels.fewshot_only:
-        there = [x for found in in_files.values() for x in found]
-        warn(
-            f"[fewshot] names {label!r}, which no file holds: probably a typo"
-            f"{did_you_mean(label, there)}. cell-load holds nothing out for it"
-        )
+    try:
+        column = label_column(files, pert_col)
+    except LacksColumn as error:
+        raise InputError(f"{error}{leave_out(error.files, by_dataset)}") from error
+    in_files = labels_of_files(files, column, labels.control)
+    add_labels_found(labels, in_files, column, experiment, toml_path)
+    if labels.fewshot_only:
+        warn(names_of_no_file(labels.fewshot_only, {x for f in in_files.values() for x in f}))
 
 
 def add_labels_found(
     labels: Labels,
     in_files: Mapping[Path, Sequence[str]],
+    column: str,
     experiment: ExperimentConfig,
     toml_path: Path,
 ) -> None:
     """Add the labels of the files of a TOML, and those that its [fewshot] names."""
     for path, found in in_files.items():
+        labels.columns[str(path)] = column
         labels.add(found, **data_file_origin(path))
-    named = [x for s in experiment.fewshot.values() for split in s.values() for x in split]
+    splits = [split for kept in experiment.fewshot.values() for split in kept.items()]
+    named = [x for _, names in splits for x in names]
+    labels.in_no_cell[str(toml_path)] = set(named)
     labels.add(named, path=str(toml_path), kind="toml", sha256=sha256_of(toml_path))
-    labels.fewshot_only += sorted(set(named).difference(*in_files.values()))
+    held_out = {x for split, names in splits if split != "train" for x in names}
+    labels.fewshot_only += sorted(held_out.difference(*in_files.values()))
+
+
+def names_of_no_file(names: Sequence[str], known: Collection[str]) -> str:
+    """What to say of labels that [fewshot] holds out and no file has: a list made beforehand."""
+    listed = [f"{shown(name)}{did_you_mean(name, known)}" for name in names[:5]]
+    return (
+        f"[fewshot] names {count(len(names), 'label')} that no file has "
+        f"({some([*listed, *names[5:]])}): cell-load holds nothing out for {them(len(names))}. "
+        f"Remove {them(len(names))}"
+    )
 
 
 def read_gene_list(path: Path, pert_col: str | None) -> list[str]:
@@ -1104,9 +1435,11 @@ def collect_labels(args: argparse.Namespace) -> Labels:
     labels = Labels(control=args.control_pert)
     if args.from_toml:
         add_toml_labels(labels, args.from_toml, args.pert_col)
-    in_files = labels_of_files(args.adata, args.pert_col, None) if args.adata else {}
-    for path, found in in_files.items():
-        labels.add(found, **data_file_origin(path))
+    if args.adata:
+        column = label_column(args.adata, args.pert_col)
+        for path, found in labels_of_files(args.adata, column, None).items():
+            labels.columns[str(path)] = column
+            labels.add(found, **data_file_origin(path))
     for path in args.gene_list:
         labels.add(
             read_gene_list(path, args.pert_col),
@@ -1306,11 +1639,11 @@ def _read_npz(path: Path) -> dict[str, torch.Tensor]:
 def read_torch(
     path: Path,
     advice: str = "Save it again as a plain {symbol: torch.Tensor} dict",
-    allowed: Sequence[type] = (),
+    allowed: Sequence[Any] = (),
 ) -> Any:
     """torch.load that never executes pickled code, memory-mapped where the format allows it.
 
-    `allowed` are classes beside tensors and plain values that the file may hold.
+    `allowed` are classes and functions beside tensors and plain values that the file may hold.
     """
     import pickle
     import zipfile
@@ -2550,13 +2883,29 @@ def letters(name: str) -> str:
 CONTROL_NAMES = {
     *("control", "controls", "ctrl", "ctl", "nt", "ntc", "nontarget", "nontargeting", "negctrl"),
     *("negctl", "negativecontrol", "safetargeting", "scramble", "scrambled", "dmso", "vehicle"),
-    *("mock", "untreated", "unperturbed", "wt"),
+    *("mock", "untreated", "unperturbed", "wt", "negcontrol", "negativectrl", "ntctrl"),
+    *("ntcontrol", "nontargetingcontrol", "safetarget", "safeharbor", "notarget", "intergenic"),
+    *("nosite", "onenongenesite", "oneintergenicsite"),
 }
 NO_VALUES = {"", "nan"}
 """Labels, in small letters only, that are never taken for a gene (CTRL, or SCN11A's alias NaN)
 unless they are the exact key."""
 
+CONTROL_GUIDES = re.compile(
+    r"(?:(?:sg|sgrna|grna)?(?:{})(?:(?:sg|sgrna|grna|guide|g)?\d+|[acgt]{{15,}})?)+".format(
+        "|".join(sorted(CONTROL_NAMES, key=len, reverse=True))
+    )
+)
+"""`letters` of guides of controls: NTC-2, sgNT_4, or two in one, non-targeting_01|non-targeting_02.
+These are taken for no gene where they are neither a key nor a name of a human gene (WT1, NT5E)."""
+
 NOT_FOUND, CONTROL_NAMED = "not found", "named like a control"
+
+
+def alias_option(name: str, key: str) -> str:
+    """The option that looks `name` up as `key`, to paste."""
+    return f"--alias {shlex.quote(f'{name}={key}')}"
+
 
 PREFERRED = ", preferred to "
 """What --prefer-previous adds to how a name leads to its gene."""
@@ -2675,8 +3024,7 @@ class Resolver:
             return found
         plain = letters(name)
         if name == self.control or plain in CONTROL_NAMES:
-            reason = f"{name!r} is the name of a control, not of a gene"
-            return Gene(name, "missing", reason=reason, kind=CONTROL_NAMED)
+            return self.control_named(name)
         if plain in NO_VALUES:
             return Gene(name, "missing", reason=f"{name!r} stands for no value", kind="no value")
         return self.other_case(name) or self.other_name(name)
@@ -2697,6 +3045,8 @@ class Resolver:
     def other_name(self, name: str) -> Gene:
         """The gene that has this retired or alias symbol or id, under any key that means it."""
         names, found = self.meanings(name)
+        if CONTROL_GUIDES.fullmatch(letters(name)) and {*found.values()} <= {LOOSER}:
+            return self.control_named(name)
         if names is None:
             return self.not_found(name)
         before = [gene for gene, how in found.items() if how == PREVIOUS]
@@ -2711,13 +3061,13 @@ class Resolver:
         if how == LOOSER:
             keys = [k for keys in self.keys_of_gene for k in keys.get(gene, [])]
             keys = keys or self.doubtful_keys_of_gene.get(gene, [])
-            more = f"; if {symbol} is meant: --alias {name}={keys[0]}" if keys else ""
+            more = f"; if {symbol} is meant: {alias_option(name, keys[0])}" if keys else ""
             return self.not_found(name, more)
         for i, keys_of_gene in enumerate(self.keys_of_gene):
             keys = keys_of_gene.get(gene, [])
             if len(keys) > 1:
                 reason = f"{name!r} is {symbol}, and so are {' and '.join(keys)} here"
-                paste = tuple(f"--alias {name}={key}" for key in keys)
+                paste = tuple(alias_option(name, key) for key in keys)
                 return Gene(name, "missing", reason=reason, kind="ambiguous", paste=paste)
             if keys:
                 here = f", here {keys[0]}" if keys[0] != symbol else ""
@@ -2728,7 +3078,7 @@ class Resolver:
             return Gene(name, "missing", reason=reason, kind="no protein")
         if keys := self.doubtful_keys_of_gene.get(gene, []):
             reason = f"{name!r} may be {' or '.join(keys)} here, which may be another gene too"
-            paste = tuple(f"--alias {name}={key}" for key in keys)
+            paste = tuple(alias_option(name, key) for key in keys)
             return Gene(name, "missing", reason=reason, kind="ambiguous", paste=paste)
         if how == APPROVED:
             return self.not_found(name, ", though a human gene")
@@ -2741,9 +3091,14 @@ class Resolver:
             symbol = names.symbol_of(gene)
             keys = [k for keys in self.keys_of_gene for k in keys.get(gene, [])][:1]
             said.append(f"{symbol} ({how}{'' if keys else ', not here'})")
-            paste += [f"--alias {name}={key}" for key in keys]
+            paste += [alias_option(name, key) for key in keys]
         reason = f"{name!r} is ambiguous: {' or '.join(said)}"
         return Gene(name, "missing", reason=reason, kind="ambiguous", paste=tuple(paste))
+
+    def control_named(self, name: str) -> Gene:
+        """A name that only controls have."""
+        reason = f"{name!r} is the name of a control, not of a gene"
+        return Gene(name, "missing", reason=reason, kind=CONTROL_NAMED)
 
     def not_found(self, name: str, more: str = "") -> Gene:
         """A name that no source has."""
@@ -3106,6 +3461,7 @@ def write_report(
     sources: Sequence[Source],
     args: argparse.Namespace,
     vectors: Mapping[str, torch.Tensor] | None = None,
+    left_out: Sequence[Resolution] = (),
 ) -> None:
     """One line a label, tab-separated: how it was resolved, to what, from where.
 
@@ -3114,12 +3470,12 @@ def write_report(
     """
     near = nearest(vectors, list(vectors), 1) if vectors and len(vectors) > 1 else {}
     lines = ["\t".join(REPORT_COLUMNS)]
-    for r in resolutions:
+    for r in [*resolutions, *left_out]:
         used = [(p.gene, sources[p.source]) for p in r.parts if p.gene and p.source is not None]
         proteins = [p for gene, source in used for p in source.origin(gene).get("proteins", [])]
         how = how_resolved(r, args.missing)
         if r.reason and args.missing == "error":
-            how = "missing"
+            how = "left out" if r in left_out else "missing"
         closest = next(iter(near.get(r.label, [])), None)
         cells = (
             *(r.label, how, "+".join(p.gene or p.name for p in r.parts)),
@@ -3135,47 +3491,190 @@ def write_report(
 
 
 LABEL_FORMS = (
-    ("--label-regex", r"(?P<gene>.+?)[_-](sg|g|guide)?[0-9]+"),
-    ("--label-regex", r"sg(?P<gene>.+?)([_-](sg|g|guide)?[0-9]+)?"),
-    ("--label-regex", r"(?P<gene>.+?)_P[0-9](P[0-9])?"),
-    ("--label-regex", r"(?P<gene>.+?)_[ACGT]{15,}"),
-    *(("--separator", mark) for mark in "|,_;"),
+    r"(?P<gene>.+?)[_-](sg|g|guide)?[0-9]+",
+    r"sg(?P<gene>.+?)([_-](sg|g|guide)?[0-9]+)?",
+    r"(?P<gene>.+?)_P[0-9](P[0-9])?",
+    r"(?P<gene>.+?)_[ACGT]{15,}",
 )
-"""Common forms of labels that are no gene: guides, promoters, combinations."""
+"""Common forms of labels that are no gene: guides, promoters."""
+
+GENERAL_FORMS = (
+    *(rf"(?P<gene>[^{mark}]+){mark}.+" for mark in "_ :;,/"),
+    *(r"(?P<gene>[^|]+)[|].+", r"(?P<gene>[^.]+)[.].+"),
+    *(r".+_(?P<gene>[^_]+)", r".+[|](?P<gene>[^|]+)", r".+:(?P<gene>[^:]+)"),
+)
+"""The gene before the first mark, or behind the last."""
+
+HYPHEN_FORM = r"(?P<gene>.+)-[^-]+"
+"""The gene before the last hyphen. Symbols have hyphens: only where names of genes are known."""
+
+SEPARATORS = "|,_;:/&"
 
 
-def suggest_form(missing: Sequence[Resolution], resolver: Resolver) -> str:
-    """The option that makes keys of most, and of at least half, of the missing labels; or nothing.
+def with_options(resolver: Resolver, control: str | None = None, **options: Any) -> Resolver:
+    """The same resolver under other options: what these would do, before they are offered."""
+    for shared in ("names", "keys_in_capitals", "keys_of_gene", "doubtful_keys_of_gene"):
+        getattr(resolver, shared)  # read once, not in every copy
+    tried = copy.copy(resolver)
+    tried.args = argparse.Namespace(**{**vars(resolver.args), **options})
+    tried.control, tried.aliases_used = control or resolver.control, set()
+    return tried
 
-    Ambiguous labels, and readings that are no key but a number or another name, do not count.
+
+def read_as_keys(resolution: Resolution) -> bool:
+    """Whether a label was read as what a person takes it for: keys, no ids and no other names."""
+    hows = {p.how for p in resolution.parts}
+    return resolution.reason is None and hows <= {"exact", "case", "control"}
+
+
+def cuts_a_name(resolution: Resolution, resolver: Resolver) -> bool:
+    """Whether a label was cut that is one name, or names another gene too.
+
+    SOD2-OT1 is a gene without a protein, no guide of SOD2, and STAT1_KLF1 no guide of STAT1.
+    """
+    if set(resolver.meanings(resolution.label)[1].values()) - {LOOSER}:
+        return True
+    rest = resolution.label
+    genes = {str(p.gene) for p in resolution.parts}
+    for gene in genes:
+        rest = re.sub(re.escape(gene), "", rest, count=1, flags=re.IGNORECASE)
+    words = set(re.split(r"[\W_]", rest)) - genes
+    return any(len(word) > 1 and resolver.exact(word) for word in words)
+
+
+def suggest_form(
+    missing: Sequence[Resolution], resolutions: Sequence[Resolution], resolver: Resolver
+) -> tuple[str, Resolver]:
+    """The options that make keys of most, and of at least half, of the missing labels; or nothing.
+
+    Each is tried on these labels as it would work: the resolver that does it is returned too.
+    Ambiguous labels, and readings that are no key but a number or another name, do not count. What
+    would cut the name of a gene, or read a label otherwise that is found now, is not offered.
+    """
+    labels = [r.label for r in missing if not any(p.paste for p in r.parts)]
+    sample = labels[:: len(labels) // 300 + 1]
+    now, regex_now = resolver.args.separator, resolver.args.label_regex
+    marks = [m for m in SEPARATORS if any(m in x for x in labels)]
+    if any(now in x for x in labels):  # which may be no separator here
+        marks += [m for m in SEPARATORS if m not in marks][:1]
+    forms = [*LABEL_FORMS, *GENERAL_FORMS, *([HYPHEN_FORM] if any(resolver.names) else [])]
+
+    def tried(form: str | None, separator: str) -> Resolver:
+        regex = re.compile(form) if form else regex_now
+        return with_options(resolver, label_regex=regex, separator=separator)
+
+    ranked = []
+    for rank, (form, separator) in enumerate(
+        # one option before two, common forms before separators before general ones
+        [(f, now) for f in LABEL_FORMS]
+        + [(None, m) for m in marks]
+        + [(f, now) for f in forms[len(LABEL_FORMS) :]]
+        + [(f, m) for m in marks for f in forms]
+    ):
+        hits = sum(map(read_as_keys, map(tried(form, separator).label, sample)))
+        ranked.append((-hits, rank, form, separator))
+    for hits, _, form, separator in sorted(ranked):
+        if not hits:
+            break
+        trial = tried(form, separator)
+        found = [trial.label(label) for label in labels]
+        keys = [r for r in found if read_as_keys(r)]
+        as_before = (trial.label(r.label) == r for r in resolutions if not r.reason)
+        resolved = [r for r in found if not r.reason]
+        if 2 * len(keys) < len(missing) or any(cuts_a_name(r, resolver) for r in resolved):
+            continue
+        if not all(as_before):
+            continue
+        options = [f"--separator {shlex.quote(separator)}"] * (separator != now)
+        options += [f"--label-regex {shlex.quote(form)}"] if form else []
+        example = keys[0]
+        label = example.label if " " not in example.label else repr(example.label)
+        genes = " and ".join(str(p.gene or p.name) for p in example.parts)
+        offer = " ".join(options)
+        return f" {len(resolved):,} of them resolve with {offer} ({label} is {genes}).", trial
+    return "", resolver
+
+
+def neat(label: str, separator: str) -> str:
+    """A label without blanks at the ends of its parts."""
+    return separator.join(part.strip() for part in label.split(separator))
+
+
+def only_blanks(
+    missing: Sequence[Resolution], resolver: Resolver, column: str
+) -> tuple[list[Resolution], str]:
+    """Labels that resolve without blanks at their ends, and the line of Python that strips them."""
+    mark = resolver.args.separator
+    control = neat(resolver.control, mark)
+    tried = with_options(resolver, control)
+    cured = [
+        r
+        for r in missing
+        if (neat(r.label, mark), control) != (r.label, resolver.control)
+        and not tried.label(neat(r.label, mark)).reason
+    ]
+    if not cured:
+        return [], ""
+    obs = f"adata.obs[{column!r}]"
+    inside = [r for r in cured if neat(r.label, mark) != r.label.strip()]
+    parts = rf".str.replace(r'\s*{plain_regex(mark)}\s*', {mark!r}, regex=True)" if inside else ""
+    then = f", then --control-pert {shlex.quote(control)}" if control != resolver.control else ""
+    return cured, (
+        f" {some(r.label for r in cured)}: blanks in the {'name' if len(cured) == 1 else 'names'}. "
+        f"Take them away: {obs} = {obs}.str.strip(){parts}.astype('category'){then}."
+    )
+
+
+def named_as_controls(
+    missing: Sequence[Resolution], resolutions: Sequence[Resolution]
+) -> list[Resolution]:
+    """Labels that lack a gene because a part is named like a control, and others of their kind.
+
+    Beside NT1 and NT2, NT4 is no NTF4, whose alias it is.
     """
 
-    def read(part: str, regex: str) -> str:
-        match = None if resolver.exact(part) else re.fullmatch(regex, part)
-        return match["gene"] if match else part
+    def stem(name: str) -> str:
+        return re.sub(r"\d", "", letters(name))
 
-    labels = [r.label for r in missing if not any(p.paste for p in r.parts)]
-    found: list[tuple[int, str]] = []
-    for option, value in LABEL_FORMS:
-        if option == "--separator":
-            readings = {label: label.split(value) for label in labels if value in label}
-        else:
-            mark = resolver.args.separator
-            readings = {label: [read(p, value) for p in label.split(mark)] for label in labels}
-        hits = {
-            label: " and ".join(parts)
-            for label, parts in readings.items()
-            if parts != label.split(resolver.args.separator)
-            and all(resolver.exact(p) or p == resolver.control for p in parts)
-        }
-        example = next((f" ({label} is {parts})" for label, parts in hits.items()), "")
-        found.append((len(hits), f"{option} {shlex.quote(value)}{example}"))
-    hits_of_best, best = max(found, key=lambda form: form[0])
-    return (
-        f" {hits_of_best:,} of them resolve with {best}."
-        if 2 * hits_of_best >= len(missing)
-        else ""
+    found = {
+        r.label: r
+        for r in missing
+        if {p.kind for p in r.parts if p.reason} <= {CONTROL_NAMED}
+        and any(p.kind == CONTROL_NAMED for p in r.parts)
+    }
+    stems = {stem(p.name) for r in found.values() for p in r.parts if p.kind == CONTROL_NAMED}
+    return [
+        r
+        for r in resolutions
+        if r.label in found
+        or (
+            stem(r.label) in stems
+            and CONTROL_GUIDES.fullmatch(letters(r.label))
+            and r.parts[0].how not in ("exact", "case", "control")
+        )
+    ]
+
+
+def only_controls(resolution: Resolution) -> bool:
+    """Whether a label names nothing but controls, not a gene beside one."""
+    parts = resolution.parts
+    return all(p.how == "control" or CONTROL_GUIDES.fullmatch(letters(p.name)) for p in parts)
+
+
+def relabel_controls(
+    alone: Sequence[Resolution], beside: Sequence[Resolution], labels: Labels, resolver: Resolver
+) -> str:
+    """': ' and the line of Python that gives controls the run's label, tried on all labels."""
+    if labels.column is None:
+        return ""
+    guides = [p.name for r in beside for p in r.parts if p.kind == CONTROL_NAMED]
+    whole = [r.label for r in alone]
+    line, renamed = relabelling(whole, guides, resolver.control, labels.column)
+    changed = {x for x in labels.names if renamed(x) != x}
+    works = changed == {r.label for r in [*alone, *beside]} and not any(
+        resolver.label(renamed(x)).reason for x in changed
     )
+    return f": {line}" if line and works else ""
 
 
 def missing_by_kind(resolutions: Iterable[Resolution]) -> str:
@@ -3190,7 +3689,7 @@ def check_missing(
     resolver: Resolver,
     args: argparse.Namespace,
 ) -> None:
-    """Refuse missing labels, or say once what --missing does with them."""
+    """Refuse missing labels, with what helps each, or say once what --missing does with them."""
     missing = [r for r in resolutions if r.reason]
     if not missing:
         return
@@ -3203,31 +3702,117 @@ def check_missing(
             f"filled with {filling}"
         )
         return
-    typos = [r.label for r in missing if r.label in labels.fewshot_only]
-    also = f" {some(typos)}: only in [fewshot], probably a typo." if typos else ""
-    also += suggest_form(missing, resolver)
-    controls = [p.name for r in missing for p in r.parts if p.kind == CONTROL_NAMED]
-    if controls:
-        advice = f"label its cells {labels.control}, as in the run"
-        if args.into_run is None:
-            advice = f"--control-pert {shlex.quote(controls[0])}; only one label can be, so give "
-            advice += "its cells that one"
-        also += f" {some(dict.fromkeys(controls))}: if this is the control, {advice}."
-    unclear = {str(p.reason): " or ".join(p.paste) for r in missing for p in r.parts if p.paste}
+    also = only_in(labels, missing)
+    column = labels.column or "COLUMN"
+    blanks, text = only_blanks(missing, resolver, column)
+    also += text
+    cured = {r.label for r in blanks}
+    rest = [r for r in missing if r.label not in cured]
+    controls = named_as_controls(rest, resolutions)
+    also += controls_advice(controls, labels, resolver, args)
+    if not may_be_the_control(controls, labels, args):
+        relabelled = {r.label for r in controls}
+        rest = [r for r in rest if r.label not in relabelled]
+    text, tried = suggest_form(rest, resolutions, resolver)
+    as_tried = [tried.label(r.label) for r in rest]
+    left = [r for r in as_tried if r.reason] or rest
+    controls = named_as_controls(left, as_tried) if text else []
+    also += text + controls_advice(controls, labels, tried, args)
+    relabelled = {r.label for r in controls}
+    left = [r for r in left if r.label not in relabelled]
+    unclear = {str(p.reason): " or ".join(p.paste) for r in rest for p in r.parts if p.paste}
     if unclear and len(missing) > 1:
         also += f" {some(unclear, 3)}."
     if unclear:
         also += f" Choose: {'; '.join(list(unclear.values())[:3])}."
-    see_all = "see all with --report FILE.tsv --dry-run, " if getattr(args, "output", None) else ""
+    if left:
+        which = "" if len(left) == len(missing) else f"For {some(r.label for r in left)}: "
+        also += f" {which}{advice_for_missing(args)}"
     reason = f": {missing[0].reason}" if len(missing) == 1 else ""
     kinds = missing_by_kind(resolutions)
     if not reason and "," in kinds:
         reason = f": {kinds}"
     raise InputError(
         f"{len(missing):,} of {count(total, 'label')} {have(len(missing))} no embedding "
-        f"({names}){reason}.{also} "
+        f"({names}){reason}.{also}".removesuffix(".")
+    )
+
+
+def advice_for_missing(args: argparse.Namespace) -> str:
+    """What helps a label that is a gene which no source has."""
+    see_all = "see all with --report FILE.tsv --dry-run, " if getattr(args, "output", None) else ""
+    return (
         "Add a table that has them with --esm-embeddings, or their proteins with --fasta, rename "
         f"with --alias OLD=NEW, {see_all}or accept with --missing mean"
+    )
+
+
+def only_in(labels: Labels, missing: Sequence[Resolution]) -> str:
+    """Which of several inputs the missing labels come from, if not from all."""
+    inputs = {str(i["path"]) for i in labels.inputs if i["kind"] != "toml"}
+    holders = {path: None for r in missing for path in labels.needed_in(r.label)}
+    if not holders or len(holders) == len(inputs):
+        return ""
+    return f" {'It is' if len(missing) == 1 else 'They are'} in {some(holders)} only."
+
+
+def controls_advice(
+    controls: Sequence[Resolution], labels: Labels, resolver: Resolver, args: argparse.Namespace
+) -> str:
+    """What to do with labels that are named like controls: one label only can be the control."""
+    alone = [r for r in controls if only_controls(r)]
+    beside = [r for r in controls if not only_controls(r)]
+    if may_be_the_control(controls, labels, args):
+        name = alone[0].label
+        return (
+            f" {shown(name)}: if this is the control, --control-pert {shlex.quote(name)}; only one "
+            "label can be, so give its cells that one."
+        )
+    texts, as_in_run = [], getattr(args, "into_run", None) is not None
+    if alone:
+        what, whose = ("a control", "its") if len(alone) == 1 else ("controls", "their")
+        names = some(r.label for r in alone)
+        label = shown(labels.control) + (", as in the run" if as_in_run else "")
+        texts.append(f" {names}: {what}. Give {whose} cells the label {label}")
+    if beside:
+        names = some(r.label for r in beside)
+        texts.append(f" {names}: a control beside a gene. Write {shown(labels.control)} for it")
+    line = relabel_controls(alone, beside, labels, resolver)
+    return "".join(f"{text}{line if text == texts[-1] else ''}." for text in texts)
+
+
+def may_be_the_control(
+    controls: Sequence[Resolution], labels: Labels, args: argparse.Namespace
+) -> bool:
+    """Whether a name of controls may be that of the run's: of a list, or a file without it."""
+    return (
+        len(controls) == 1
+        and letters(controls[0].label) in CONTROL_NAMES
+        and labels.control not in labels.names
+        and getattr(args, "into_run", None) is None
+    )
+
+
+def leave_out_unused(
+    resolutions: Sequence[Resolution], labels: Labels, args: argparse.Namespace
+) -> list[Resolution]:
+    """Labels without embedding that no cell has; unless --missing fills them in.
+
+    cell-load gives a category that the features lack zeros, which no cell uses, so that nothing is
+    trained on them, and --into-run gives a run their vectors later.
+    """
+    if args.missing != "error":
+        return []
+    return [r for r in resolutions if r.reason and not labels.needed_in(r.label)]
+
+
+def say_left_out(labels: Sequence[str], files: Iterable[str], column: str, where: str) -> str:
+    """The warning of categories that no cell has, for which there is no vector."""
+    n = len(labels)
+    return (
+        f"{count(n, 'label')} of no cell {have(n)} no embedding{where} ({some(labels)}; categories "
+        f"of {some(files)}). cell-load gives {them(n)} zeros, which no cell uses. To be rid of "
+        f"{them(n)}: adata.obs[{column!r}] = adata.obs[{column!r}].cat.remove_unused_categories()"
     )
 
 
@@ -3403,6 +3988,8 @@ class Resolved:
 
     Attributes
     ----------
+    left_out
+        Labels that no cell has and no source: they get no vector.
     used
         Genes that are used of each source.
     to_embed
@@ -3416,6 +4003,7 @@ class Resolved:
     tables: list[Table]
     resolver: Resolver
     resolutions: list[Resolution]
+    left_out: list[Resolution]
     used: list[list[str]]
     to_embed: list[str]
     checkpoint: Checkpoint | None
@@ -3438,9 +4026,11 @@ class Resolved:
         self, features: Mapping[str, torch.Tensor], features_sha256: str, args: argparse.Namespace
     ) -> dict[str, Any]:
         """What the manifest says of a file of these features."""
-        return build_manifest(
+        manifest = build_manifest(
             args, self.labels, self.resolver, self.resolutions, features, features_sha256
         )
+        left_out = {r.label: r.reason for r in self.left_out}
+        return manifest | ({"left_out": left_out} if left_out else {})
 
 
 def resolve_labels(labels: Labels, args: argparse.Namespace) -> Resolved | None:
@@ -3462,10 +4052,18 @@ def resolve_labels(labels: Labels, args: argparse.Namespace) -> Resolved | None:
     names = dict.fromkeys([*labels.names, labels.control])
     aliases = read_aliases(args.alias, args.aliases)
     resolver = Resolver(sources, aliases, labels.control, args)
-    resolutions = resolve(names, resolver)
+    every = resolve(names, resolver)
+    left_out = leave_out_unused(every, labels, args)
+    none = {r.label for r in left_out}
+    resolutions = [r for r in every if r.label not in none]
     if args.report:
-        write_report(args.report, resolutions, sources, args)
+        write_report(args.report, resolutions, sources, args, left_out=left_out)
     check_missing(resolutions, labels, resolver, args)
+    holders = {r.label: labels.holders[r.label] for r in left_out}
+    files = dict.fromkeys(p for paths in holders.values() for p in paths if p in labels.columns)
+    unused = [label for label, paths in holders.items() if not files.keys().isdisjoint(paths)]
+    if unused and labels.column:
+        warn(say_left_out(unused, files, labels.column, ""))
     used = genes_by_source(resolutions, sources)
     if not any(used) and not getattr(args, "into_run", None):
         raise InputError(
@@ -3474,7 +4072,7 @@ def resolve_labels(labels: Labels, args: argparse.Namespace) -> Resolved | None:
         )
     to_embed = used[-1] if args.fasta else []
     checkpoint = find_checkpoint(to_embed, tables, args) if to_embed else None
-    return Resolved(labels, tables, resolver, resolutions, used, to_embed, checkpoint)
+    return Resolved(labels, tables, resolver, resolutions, left_out, used, to_embed, checkpoint)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3525,11 +4123,22 @@ class TrainedRun:
 
     def vectors(self, path: Path) -> dict[str, torch.Tensor]:
         """{label: vector} of one of these files, in its order."""
+        import numpy as np
+
         existing_file(path, "file of the run")
-        content = read_torch(path)
+        # cell-load names what it fills in with zeros by numpy's text, which is no code either
+        text = (np.str_().__reduce__()[0], np.dtype, np.dtypes.StrDType)
+        content = read_torch(path, allowed=text)
         if not (isinstance(content, dict) and content and all(map(is_tensor, content.values()))):
             raise InputError(f"{path} is no dict of label -> tensor")
-        return content
+        return {str(label): vector for label, vector in content.items()}
+
+    def known(self, in_map: Mapping[str, torch.Tensor], own: Collection[str]) -> dict[str, Any]:
+        """{label: vector} of the map, but for labels of no cell, to which cell-load gave zeros.
+
+        `own` are the labels of the run's features, which lack those.
+        """
+        return {x: v for x, v in in_map.items() if x in own or x == self.control or v.any()}
 
     def manifest(self) -> dict[str, Any]:
         """Where its features come from.
@@ -3730,16 +4339,17 @@ def check_template(run: TrainedRun, labels: Labels, args: argparse.Namespace) ->
     InputError
         There is something.
     """
-    known = run.vectors(run.map_path)
+    own = run.vectors(run.features) if run.features.is_file() else {}
+    known = run.known(run.vectors(run.map_path), own)
     wanted = [x for x in labels.names if x != run.control]
-    unknown = [x for x in wanted if x not in known]
+    unknown = [x for x in wanted if x not in known and labels.needed_in(x)]
     total = count(len(wanted), "label")
     problems = problems_of_templates(run, args)
     if unknown:
         try:
             run.manifest()
             remedy = "Add them: this command without --dry-run"
-            named = [x for x in unknown if letters(x) in CONTROL_NAMES]
+            named = [x for x in unknown if CONTROL_GUIDES.fullmatch(letters(x))]
             if named:
                 remedy += f" (if {named[0]} is the control, label its cells {run.control} instead)"
         except InputError as refused:
@@ -3868,13 +4478,14 @@ def write_into_run(
     """Extend the run's features and its map by what they do not hold now; returns these labels."""
     import torch
 
-    features, known = run.vectors(run.features), run.vectors(run.map_path)
+    features, in_map = run.vectors(run.features), run.vectors(run.map_path)
+    known = run.known(in_map, features)
     new = {label: vector for label, vector in found.items() if label not in features}
     features |= new
     missing = {label: v for label, v in features.items() if label not in known}
     if not missing:
         return []
-    with staged(run.map_path, lambda f: torch.save({**known, **missing}, f)):
+    with staged(run.map_path, lambda f: torch.save({**in_map, **missing}, f)):
         log.info("the map of before is kept as %s", keep(run.map_path))
         if new and resolved:
             before, described = run.manifest(), resolved.manifest(features, "", args)
@@ -4131,7 +4742,7 @@ def run(args: argparse.Namespace) -> int:
     features, vectors = resolved.features(args)
     own = with_vectors(resolutions, features)
     if args.report:
-        write_report(args.report, resolutions, resolver.sources, args, own)
+        write_report(args.report, resolutions, resolver.sources, args, own, resolved.left_out)
     if args.plot:
         draw(args.plot, resolutions, vectors, features, resolved.tables)
     warn_of_identical(own)

@@ -85,6 +85,7 @@ from create_esm_pert_features import (
     Busy,
     InputError,
     Labels,
+    LacksColumn,
     Stopped,
     Unreadable,
     __version__,
@@ -107,10 +108,12 @@ from create_esm_pert_features import (
     gene_names,
     gene_names_node,
     have,
+    leave_out,
     load_experiment,
     lock_path,
     log,
     manifest_path,
+    names_of_no_file,
     now,
     obs_columns,
     on_signals,
@@ -128,6 +131,7 @@ from create_esm_pert_features import (
     resolve_labels,
     rewriting,
     run_lock,
+    say_left_out,
     say_options_of_toml,
     sha256_of,
     short,
@@ -136,7 +140,9 @@ from create_esm_pert_features import (
     storage_problems,
     stored_as,
     summary,
+    them,
     trained_sha256,
+    unused_categories,
     warn,
     warn_of_identical,
     with_vectors,
@@ -368,6 +374,8 @@ class DataFile:
         Columns of what the model is fed: X, or obsm[embed_key].
     log1p
         The file carries uns/log1p.
+    unused
+        Those of `labels` that no cell has.
     grouped
         The cells of a (cell type, label) stand together, as stock's consecutive loading needs.
     matrices
@@ -390,17 +398,22 @@ class DataFile:
     matrices: Mapping[str, int]
     batches: frozenset[str]
     unreadable: Sequence[Unreadable] = ()
+    unused: Collection[str] = ()
 
 
 def find_columns(
-    files: Mapping[Path, Sequence[str]], asked: Mapping[str, Any], found: Findings
+    files: Mapping[Path, Sequence[str]],
+    by_dataset: Mapping[str, Sequence[Path]],
+    asked: Mapping[str, Any],
+    found: Findings,
 ) -> Columns | None:
     """The columns to use, by script 1's rule; None if one cannot be found."""
     batch_advice = (
         "; State does not use the batch unless you tell it to, but cell-load needs a column: any "
-        "one that every file has will do, e.g. --batch-col "
+        "one that every file has will do"
     )
     names: dict[str, str] = {}
+    odd: Sequence[Path] = ()
     for key, flag, candidates in (
         ("pert_col", "--pert-col", PERT_COLUMNS),
         ("cell_type_key", "--cell-type-key", ("cell_type",)),
@@ -409,7 +422,12 @@ def find_columns(
         try:
             names[key] = find_column(files, asked.get(f"data.kwargs.{key}"), candidates, flag)
         except InputError as error:
-            advice = batch_advice + names.get("cell_type_key", "COL") if key == "batch_col" else ""
+            advice = batch_advice if key == "batch_col" else ""
+            if advice and "cell_type_key" in names:
+                advice += f", e.g. --batch-col {names['cell_type_key']}"
+            if isinstance(error, LacksColumn) and error.files != odd:  # said of each file once
+                odd = error.files
+                advice += leave_out(odd, by_dataset)
             found.problems.append(f"{error}{advice}")
     if not {"pert_col", "cell_type_key"} <= set(names):
         return None
@@ -463,6 +481,7 @@ def inspect_file(
             if columns.batch
             else frozenset(),
             unreadable=find_unreadable(file, nodes_read(file, columns, kwargs)),
+            unused=unused_categories(labels, [label_codes]),
         )
     return None
 
@@ -702,7 +721,7 @@ def check_splits(
                 f"{key!r}: no file of dataset {dataset!r} has the cell type {cell_type!r}"
                 f"{did_you_mean(cell_type, types[dataset])}; cell types: {some(types[dataset])}"
             )
-    held = _names_held_out(experiment, types, everything, control, found)
+    held = _names_held_out(experiment, files, types, everything, control, found)
     trained = sorted(held & set(splits["train"]))
     if trained:
         where = [
@@ -721,6 +740,21 @@ def check_splits(
             f"training has combinations of genes that [fewshot] holds out ({some(pairs)}): these "
             "genes are not unseen. Hold the combinations out too"
         )
+    unread = {
+        f"{f.dataset}.{cell_type}": int(row.sum())
+        for f in files
+        for cell_type, row in zip(f.cell_types, f.cells, strict=True)
+        if row.any() and not is_read(experiment, f.dataset, cell_type)
+    }
+    if unread:
+        datasets = dict.fromkeys(key.partition(".")[0] for key in unread)
+        lines = " and ".join(f'{name} = "train"' for name in datasets)
+        found.warnings.append(
+            f"{count(len(unread), 'cell type')} not read ({some(unread)}; "
+            f"{count(sum(unread.values()), 'cell')}): [zeroshot] and [fewshot] do not name "
+            f"{them(len(unread))}, nor [training] the dataset. To train on {them(len(unread))}: "
+            f"{lines} under [training]"
+        )
     if not splits["train"]:
         advice = 'name a dataset under [training], e.g. NAME = "train"'
         if any(f.dataset in experiment.training and f.labels for f in files):
@@ -732,6 +766,7 @@ def check_splits(
 
 def _names_held_out(
     experiment: ExperimentConfig,
+    files: Sequence[DataFile],
     types: Mapping[str, Sequence[str]],
     everything: Collection[str],
     control: str,
@@ -739,16 +774,21 @@ def _names_held_out(
 ) -> set[str]:
     """Labels that [fewshot] holds out of a cell type that is there; notes those without effect."""
     held = set()
+    nowhere: set[str] = set()
     for key, kept in experiment.fewshot.items():
-        named = {x for labels in kept.values() for x in labels}
+        named = {*kept.get("val", ()), *kept.get("test", ())}  # a train list holds nothing out
         dataset, _, cell_type = key.partition(".")
+        nowhere |= named.difference(everything)
         if cell_type in types.get(dataset, ()):
             held |= named
-        for label in sorted(named.difference(everything)):
-            found.warnings.append(
-                f'[fewshot."{key}"] {label!r} is in no file: probably a typo'
-                f"{did_you_mean(label, everything)}"
-            )
+            here = labels_with_cells(files, dataset, cell_type) | {control}
+            elsewhere = named.intersection(everything) - here
+            if elsewhere:
+                found.warnings.append(
+                    f'[fewshot."{key}"] names {count(len(elsewhere), "label")} of which this cell '
+                    f"type has no cell ({some(sorted(elsewhere))}): nothing is held out for "
+                    f"{them(len(elsewhere))}"
+                )
         both = set(kept.get("val", ())) & set(kept.get("test", ()))
         if both:
             found.warnings.append(
@@ -764,7 +804,20 @@ def _names_held_out(
             found.warnings.append(
                 f'[fewshot."{key}"] has no effect: [zeroshot] holds out the whole cell type'
             )
+    if nowhere:
+        found.warnings.append(names_of_no_file(sorted(nowhere), everything))
     return held
+
+
+def labels_with_cells(files: Sequence[DataFile], dataset: str, cell_type: str) -> set[str]:
+    """Labels of which a cell type of a dataset has cells."""
+    return {
+        label
+        for f in files
+        if f.dataset == dataset and cell_type in f.cell_types
+        for label, n in zip(f.labels, f.cells[f.cell_types.index(cell_type)], strict=True)
+        if n
+    }
 
 
 def parts_of_cell_types(
@@ -781,11 +834,16 @@ def cell_types_read(
 ) -> Iterator[tuple[DataFile, int]]:
     """(file, number of the cell type) of every cell type that cell-load reads."""
     for f in files:
-        zeroshot = experiment.get_zeroshot_celltypes(f.dataset)
-        held = {**zeroshot, **experiment.get_fewshot_celltypes(f.dataset)}
         for i, cell_type in enumerate(f.cell_types):
-            if f.cells[i].any() and (cell_type in held or f.dataset in experiment.training):
+            if f.cells[i].any() and is_read(experiment, f.dataset, cell_type):
                 yield f, i
+
+
+def is_read(experiment: ExperimentConfig, dataset: str, cell_type: str) -> bool:
+    """Whether cell-load reads a cell type: held out somewhere, or of a dataset that trains."""
+    key = f"{dataset}.{cell_type}"
+    held_out = key in experiment.zeroshot or key in experiment.fewshot
+    return held_out or dataset in experiment.training
 
 
 def check_subsets(
@@ -874,7 +932,7 @@ def check_features(
             f"{path}: NaN or infinite values in {count(len(infinite), 'vector')} ({some(infinite)})"
         )
     _check_zeros(path, features, manifest, control, found)
-    _check_labels(path, features, data.files if data else [], control, found)
+    _check_labels(path, features, data, control, found)
     ablation = (manifest or {}).get("ablation")
     return {
         "sha256": trained_sha256(manifest) if manifest else sha256_of(path),
@@ -907,9 +965,9 @@ def make_features(
     InputError
         As create_esm_pert_features.py has it: sources, symbols, missing labels.
     """
-    labels = Labels(data.columns.control)
+    labels = Labels(data.columns.control, in_no_cell={str(f.path): f.unused for f in data.files})
     in_files = {f.path: f.labels for f in data.files}
-    add_labels_found(labels, in_files, data.experiment, args.config)
+    add_labels_found(labels, in_files, data.columns.pert, data.experiment, args.config)
     words = ["--from-toml", args.config, "--pert-col", data.columns.pert]
     words += ["--control-pert", data.columns.control, *feature_words(args)]
     asked = {
@@ -982,12 +1040,13 @@ def _check_zeros(
 def _check_labels(
     path: Path,
     features: Mapping[str, Any],
-    files: Sequence[DataFile],
+    data: Data | None,
     control: str,
     found: Findings,
 ) -> None:
+    files = data.files if data else []
     for f in files:
-        labels = [x for x in f.labels if x != control]
+        labels = [x for x in f.labels if x != control and x not in f.unused]
         missing = [x for x in labels if x not in features]
         if missing:
             found.problems.append(
@@ -996,6 +1055,13 @@ def _check_labels(
                 "would train them as control. Make the file again with create_esm_pert_features.py "
                 "--from-toml"
             )
+    in_cells = {x for f in files for x in set(f.labels) - set(f.unused)}
+    known = {control, *features, *in_cells}
+    unused = dict.fromkeys(x for f in files for x in f.labels if x in f.unused and x not in known)
+    if data and unused:
+        holders = [str(f.path) for f in files if not unused.keys().isdisjoint(f.unused)]
+        text = say_left_out(list(unused), holders, data.columns.pert, f" in {path}")
+        found.warnings.append(text)
 
 
 def check_disk(
@@ -1922,7 +1988,7 @@ def inspect_data(
     for path in (path for paths in by_dataset.values() for path in paths):
         with found.collect(), open_h5ad(path) as file:
             columns_there[path] = obs_columns(file)
-    columns = find_columns(columns_there, asked, found) if columns_there else None
+    columns = find_columns(columns_there, by_dataset, asked, found) if columns_there else None
     if columns is None:
         return None
     if columns.pert == "drugname_drugconc" and columns.control != TAHOE_CONTROL:

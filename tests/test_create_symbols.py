@@ -10,6 +10,7 @@ import importlib.util
 import json
 import random
 import re
+import shlex
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -440,6 +441,136 @@ def test_a_common_form_is_offered_and_what_is_offered_works(
     assert said, done.err
     again = lookup(TODAY, labels[:2], said[1], said[2].strip("'"), "--quiet")
     assert again.code == 0, again.err
+
+
+GENES = ("STAT1", "MYC", "TP53", "HLA-A", "NKX2-1", "MT-CO1", "SOD2", "PRR5")
+OFFER = re.compile(r"(\d+) of them resolve with (.*?) \((?:'[^']*'|\S+) is ")
+
+
+@pytest.mark.parametrize(
+    ("labels", "offer"),
+    [
+        (("STAT1_pBA576", "MYC_pDS266"), "--label-regex '(?P<gene>[^_]+)_.+'"),
+        (("STAT1_1.23-P1P2", "MYC_1.2-P1"), "--label-regex '(?P<gene>[^_]+)_.+'"),
+        (("STAT1_KO", "HLA-A_KO"), "--label-regex '(?P<gene>[^_]+)_.+'"),
+        (("STAT1_P1_12345", "Myc_P2_3"), "--label-regex '(?P<gene>[^_]+)_.+'"),
+        (("STAT1_ENSG00000115415", "MYC_x"), "--label-regex '(?P<gene>[^_]+)_.+'"),
+        (
+            ("STAT1_+_19.2-P1P2", "MYC_-_3.2-P1"),
+            "--separator '|' --label-regex '(?P<gene>[^_]+)_.+'",
+        ),
+        (("STAT1 guide 2", "MT-CO1 guide 1"), "--label-regex '(?P<gene>[^ ]+) .+'"),
+        (("STAT1.2", "MYC.1"), "--label-regex '(?P<gene>[^.]+)[.].+'"),
+        (("chr1:2-4_STAT1", "chrX:5-9_HLA-A"), "--label-regex '.+_(?P<gene>[^_]+)'"),
+        (("STAT1-KO", "HLA-A-KO", "NKX2-1-KO"), "--label-regex '(?P<gene>.+)-[^-]+'"),
+        (
+            ("STAT1_sg3", "NKX2-1-1", "HLA-A-2"),
+            "--label-regex '(?P<gene>.+?)[_-](sg|g|guide)?[0-9]+'",
+        ),
+        (
+            ("sgSTAT1-2", "sgHLA-A_1"),
+            "--label-regex 'sg(?P<gene>.+?)([_-](sg|g|guide)?[0-9]+)?'",
+        ),
+        (("STAT1:MYC", "MYC:TP53"), "--separator :"),
+        (
+            ("STAT1_g1|MYC_g2", "TP53_g1|MYC_g1"),
+            "--separator '|' --label-regex '(?P<gene>.+?)[_-](sg|g|guide)?[0-9]+'",
+        ),
+    ],
+)
+def test_a_general_form_is_offered_where_it_makes_keys_and_it_does(
+    tmp_path: Path, lookup: Any, labels: tuple[str, ...], offer: str
+) -> None:
+    done = lookup(GENES, labels, "--quiet")
+    said = OFFER.search(done.err)
+    assert (done.code, said and (int(said[1]), said[2])) == (1, (len(labels), offer)), done.err
+    assert lookup(GENES, labels, *shlex.split(offer), "--quiet").code == 0
+    found = manifest(tmp_path)["labels"]
+    keys = {p["gene"] for r in found.values() for p in r.get("parts", [r]) if "gene" in p}
+    assert keys == {key for key in GENES if any(key.lower() in x.lower() for x in labels)}
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        ("SOD2-OT1", "PRR5-ARHGAP8"),  # genes, of which the part before the hyphen is another
+        ("HLA-B", "NKX2-3", "MT-ND1"),
+        ("STAT1-KO", "SOD2-OT1"),  # the option would read both
+        ("STAT1_FOO1_1", "MYC_TP53_1", "TP53_FOO2_1"),  # two genes, no guides of the first
+        ("AC012345.1", "AL590714.1"),
+    ],
+)
+def test_no_form_is_offered_that_cuts_the_name_of_a_gene_or_drops_one(
+    lookup: Callable[..., Result], labels: tuple[str, ...]
+) -> None:
+    done = lookup(GENES, labels, "--quiet")
+    assert done.code == 1 and "of them resolve" not in done.err
+    assert f"no embedding ({', '.join(labels)})" in done.err
+
+
+def test_a_form_that_loses_what_another_option_reads_is_not_offered(
+    lookup: Callable[..., Result],
+) -> None:
+    labels = ("MYC~9", "STAT1+TP53", "HLA-A_KO", "SOD2_KO")
+    regex = ("--label-regex", "(?P<gene>[^~]+)~.+")
+    done = lookup(GENES, labels, *regex, "--quiet")
+    assert done.code == 1 and "of them resolve" not in done.err
+    done = lookup(GENES, labels[1:], *regex, "--quiet")
+    assert (
+        "2 of them resolve with --label-regex '(?P<gene>[^_]+)_.+' (HLA-A_KO is HLA-A)" in done.err
+    )
+    done = lookup(GENES, ("STAT1+TP53", "STAT1|MYC", "SOD2|MYC"), "--quiet")
+    assert "of them resolve" not in done.err  # with | the first would be lost
+
+
+def test_each_missing_label_gets_its_own_advice(lookup: Callable[..., Result]) -> None:
+    labels = ("NTC_1", "STAT1_pBA1", "MYC_pBA2", "FOO9", "TAZ")
+    done = lookup((*GENES, "TAFAZZIN", "WWTR1"), labels, "--quiet")
+    taz = "'TAZ' is ambiguous: TAFAZZIN (previous symbol) or WWTR1 (alias symbol)"
+    assert done == Result(
+        1,
+        "",
+        "error: 5 of 5 labels have no embedding (NTC_1, STAT1_pBA1, MYC_pBA2, FOO9, TAZ): "
+        "1 ambiguous, 1 named like a control, 3 not found. NTC_1: a control. Give its cells the "
+        "label non-targeting. 2 of them resolve with --label-regex '(?P<gene>[^_]+)_.+' "
+        f"(STAT1_pBA1 is STAT1). {taz}. Choose: --alias TAZ=TAFAZZIN or --alias TAZ=WWTR1. For "
+        f"FOO9, TAZ:{ADVICE}",
+    )
+
+
+@pytest.mark.parametrize(
+    "label",
+    [
+        *("non-targeting_0001", "NTC-2", "ctrl_1", "safe_targeting_12", "scramble-3", "NT1"),
+        *("sgNT_4", "NegCtrl0", "NO_SITE_12", "NTg1", "non-targeting_01|non-targeting_22"),
+        *("Non-Targeting Control 5", "neg_ctrl_sg10", "NT_ACGTACGTACGTACGTACGT"),
+    ],
+)
+def test_guides_of_controls_are_no_genes_and_get_no_regex(
+    tmp_path: Path, lookup: Any, label: str
+) -> None:
+    for options in ((), ("--label-regex", "(?P<gene>.+?)[_-](sg|g|guide)?[0-9]+")):
+        done = lookup((*GENES, "CTRL", "NTF4"), (label, "STAT1"), *options, "--quiet")
+        assert done.code == 1
+        assert done.err.endswith(f" {label}: a control. Give its cells the label non-targeting\n")
+    assert lookup((*GENES, label), (label,), "--quiet").code == 0  # the exact key is what it is
+    assert lookup(GENES, (label, "STAT1"), "--control-pert", label, "--quiet").code == 0
+
+
+@pytest.mark.parametrize(
+    ("key", "label"),
+    [
+        *((name, name) for name in ("NT5E", "CTRL", "CTRC", "NTN1", "WT1", "NTF4", "NT1")),
+        *(("NT5E", "nt5e"), ("Wt1", "WT1"), ("SLC44A1", "CTL1"), ("NTF4", "NT-4")),
+    ],
+)
+def test_genes_that_are_named_like_controls_stay_genes(
+    tmp_path: Path, lookup: Any, key: str, label: str
+) -> None:
+    assert lookup(("STAT1", key), (label,), "--quiet").code == 0
+    assert manifest(tmp_path)["labels"][label]["gene"] == key
+    done = lookup(("STAT1", "MYC"), (label, "MYC"), "--quiet")
+    assert (": a control" in done.err) == (label == "NT1"), done.err
 
 
 def test_no_form_is_offered_for_less_than_half(lookup: Callable[..., Result]) -> None:

@@ -160,7 +160,55 @@ def test_dry_run_says_what_a_label_named_like_a_control_needs(
         "non-targeting instead)",
     )
     done = add("--gene-list", tmp_path / "genes.txt")
-    assert "Ctrl: if this is the control, label its cells non-targeting, as in the run." in done.err
+    assert done.err.endswith(
+        "Ctrl: a control. Give its cells the label non-targeting, as in the run\n"
+    )
+
+
+def test_a_category_of_no_cell_that_stock_filled_with_zeros_is_unknown_and_can_be_added(
+    folder: Path, tmp_path: Path, add: Any
+) -> None:
+    """cell-load gives it zeros in the map of the run, where a template with such cells finds it."""
+    screen = anndata.read_h5ad(folder / "sim.h5ad")
+    screen.obs["target_gene"] = screen.obs["target_gene"].cat.add_categories([NEW])
+    screen.write_h5ad(tmp_path / "sim.h5ad")
+    for name in ("config.toml", "features.pt", "features.pt.json", "table.pt"):
+        shutil.copy(folder / name, tmp_path)
+    words = (*FILES, *FAST, "--max-steps", 2, "--name", "unused", *TINY)
+    done = run_script("train_with_esm_features", *words, cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert f"warning: 1 label of no cell has no embedding in features.pt ({NEW}; categ" in done.err
+    into = tmp_path / "runs" / "unused"
+    in_map = torch.load(into / "pert_onehot_map.pt", weights_only=False)  # a key is numpy's text
+    assert not in_map[NEW].any()
+    refused(
+        add("--adata", "wanted.h5ad", "--dry-run", into=into),
+        f"1 of 2 labels not known to {into} ({NEW}): state tx infer would predict them as "
+        "control. Add them: this command without --dry-run",
+    )
+    unused = ("--adata", tmp_path / "sim.h5ad", "--dry-run")
+    assert add(*unused, into=into).code == 0  # no cell would be predicted
+    assert add("--adata", "wanted.h5ad", into=into).code == 0
+    assert torch.equal(load(into / "pert_onehot_map.pt")[NEW], table()[NEW])
+    assert list(load(into / "pert_features.pt"))[-1] == NEW
+    assert add("--adata", "wanted.h5ad", "--dry-run", into=into).code == 0
+
+
+def test_labels_of_no_cell_of_a_template_are_left_out_of_what_is_added(
+    add: Any, run: Path, tmp_path: Path
+) -> None:
+    cells = anndata.read_h5ad("wanted.h5ad")
+    cells.obs["target_gene"] = cells.obs["target_gene"].cat.add_categories(["NONESUCH"])
+    cells.write_h5ad(tmp_path / "more.h5ad")
+    before = load(run / "pert_onehot_map.pt")
+    done = add("--adata", tmp_path / "more.h5ad")
+    assert done.code == 0, done.err
+    assert (
+        f"warning: 1 label of no cell has no embedding (NONESUCH; categories of {tmp_path}/more"
+        in (done.err)
+    )
+    assert list(load(run / "pert_onehot_map.pt")) == [*before, NEW]
+    assert "NONESUCH" not in load(run / "pert_features.pt")
 
 
 def unlabelled(cells: anndata.AnnData) -> anndata.AnnData:

@@ -1102,8 +1102,135 @@ def test_held_out_names_without_an_effect_are_warnings(accepted: Accepted, ready
 def test_held_out_label_that_no_file_has_is_a_warning(accepted: Accepted, ready: Path) -> None:
     toml(ready, f'{TRAIN}[fewshot."sim.simA"]\nval = ["SIM003"]\ntest = ["SIM0004"]\n')
     accepted(
-        "[fewshot.\"sim.simA\"] 'SIM0004' is in no file: probably a typo (did you mean SIM004, "
-        "SIM000, SIM009?)"
+        "[fewshot] names 1 label that no file has (SIM0004 (did you mean SIM004, SIM000, "
+        "SIM009?)): cell-load holds nothing out for it. Remove it"
+    )
+
+
+def test_held_out_labels_that_no_file_has_are_one_warning_with_and_without_a_features_file(
+    accepted: Accepted, ready: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [f"GENE{i}x" for i in range(7)]
+    toml(
+        ready,
+        f'{TRAIN}[fewshot."sim.simA"]\nval = ["SIM003"]\ntest = {json.dumps(names[:4])}\n'
+        f'[fewshot."sim.simB"]\ntest = {json.dumps(names)}\n',
+    )
+    warning = (
+        "[fewshot] names 7 labels that no file has (GENE0x, GENE1x, GENE2x, GENE3x, GENE4x, ...): "
+        "cell-load holds nothing out for them. Remove them"
+    )
+    accepted(warning)
+    files = ["--config", "config.toml", "--esm-embeddings", "table.pt", "--output-dir", "runs"]
+    assert script.main([*files, "--dry-run"]) == 0
+    assert capsys.readouterr().err.count("warning: [fewshot] names") == 1
+
+
+def test_held_out_label_of_which_the_cell_type_has_no_cell_is_a_warning(
+    accepted: Accepted, ready: Path, screen: anndata.AnnData
+) -> None:
+    rows = (screen.obs["target_gene"] == "SIM003") & (screen.obs["cell_type"] == "simA")
+    screen[~rows.to_numpy()].copy().write_h5ad(ready / "screen.h5ad")
+    toml(ready, f'{TRAIN}[fewshot."sim.simA"]\nval = ["SIM005"]\ntest = ["SIM003", "SIM004"]\n')
+    done = accepted(
+        '[fewshot."sim.simA"] names 1 label of which this cell type has no cell (SIM003): '
+        "nothing is held out for it"
+    )
+    assert plan(done)["test"].split()[:2] == ["12", "1"]
+
+
+def test_train_lists_hold_nothing_out_and_what_is_not_read_is_named(
+    accepted: Accepted, ready: Path
+) -> None:
+    toml(ready, f'{DATASETS}[fewshot."sim.simA"]\ntrain = ["SIM001"]\nval = ["SIM003"]\n')
+    done = accepted(
+        'config.toml: [fewshot."sim.simA"] train: cell-load ignores this list. Every '
+        "perturbation of the cell type that val and test do not name trains",
+        "1 cell type not read (sim.simB; 156 cells): [zeroshot] and [fewshot] do not name it, nor "
+        '[training] the dataset. To train on it: sim = "train" under [training]',
+    )
+    assert plan(done)["train"].split()[:2] == ["120", "10"]
+    assert sum(real_splits(ready)["train"].values()) == 120
+    toml(ready, f'{TRAIN}[fewshot."sim.simA"]\ntrain = ["SIM001"]\nval = ["SIM003"]\n')
+    accepted(
+        'config.toml: [fewshot."sim.simA"] train: cell-load ignores this list. Every '
+        "perturbation of the cell type that val and test do not name trains"
+    )
+
+
+def test_what_no_one_reads_in_the_toml_is_said_once(accepted: Accepted, ready: Path) -> None:
+    toml(ready, f"{TRAIN}{HELD}[model.kwargs]\ncell_set_len = 64\n[cell_eval]\nx = 1\n")
+    accepted(
+        "config.toml: nothing reads [model], [cell_eval]. Settings of State stand at the end of "
+        "the training's command line as KEY=VALUE, e.g. model.kwargs.cell_set_len=64"
+    )
+    accepted(
+        "config.toml: nothing reads [model], [cell_eval]. Settings of State stand at the end of "
+        "the training's command line as KEY=VALUE, e.g. model.kwargs.cell_set_len=64",
+        args=("model.kwargs.cell_set_len=64",),
+    )
+
+
+def test_a_template_in_the_folder_of_a_dataset_is_named_with_a_path_without_it(
+    refused: Refused, accepted: Accepted, ready: Path, screen: anndata.AnnData
+) -> None:
+    (ready / "support").mkdir()
+    for name in ("ARC_H1", "hepg2"):
+        screen.write_h5ad(ready / f"support/{name}.h5")
+    template = screen[:20].copy()
+    del template.obs["cell_type"], template.obs["batch_var"]
+    template.write_h5ad(ready / "support/template.h5ad")
+    toml(ready, TRAIN.replace("screen.h5ad", "support") + HELD)
+    where = "support/template.h5ad has no obs column"
+    others = "support/ARC_H1.h5, support/hepg2.h5 have; columns there: target_gene. Choose one"
+    refused(
+        f"{where} cell_type, which {others} that all have with --cell-type-key. If "
+        "support/template.h5ad is not to be trained on (a template to predict, say), move it out, "
+        'or give sim = "support/{ARC_H1,hepg2}.h5"',
+        f"{where} batch_var, which {others} that all have with --batch-col; State does not use "
+        "the batch unless you tell it to, but cell-load needs a column: any one that every file "
+        "has will do",
+    )
+    toml(ready, TRAIN.replace("screen.h5ad", "support/{ARC_H1,hepg2}.h5") + HELD)
+    accepted()
+
+
+def test_categories_of_no_cell_need_no_vector_in_both_scripts(
+    accepted: Accepted,
+    refused: Refused,
+    ready: Path,
+    screen: anndata.AnnData,
+    create: Any,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    labels = screen.obs["target_gene"].cat
+    screen.obs["target_gene"] = labels.add_categories(["TERT", "", "SIMEXTRA000"])
+    screen.write_h5ad(ready / "screen.h5ad")
+    line = "adata.obs['target_gene'] = adata.obs['target_gene'].cat.remove_unused_categories()"
+    rest = (
+        "; categories of screen.h5ad). cell-load gives them zeros, which no cell uses. To be rid "
+        f"of them: {line}"
+    )
+    old = "3 labels of no cell have no embedding in features.pt (TERT, '', SIMEXTRA000"
+    accepted(old + rest)
+    made = make_features(create)
+    assert f"warning: 2 labels of no cell have no embedding (TERT, ''{rest}\n" in made.err
+    accepted("2 labels of no cell have no embedding in features.pt (TERT, ''" + rest)
+    # made by the training: the same features
+    files = ["--config", "config.toml", "--esm-embeddings", "table.pt", "--output-dir", "runs"]
+    capsys.readouterr()
+    assert script.main([*files, "--dry-run"]) == 0
+    err = capsys.readouterr().err
+    assert err.count("of no cell") == 1
+    assert f"warning: 2 labels of no cell have no embedding (TERT, ''{rest}\n" in err
+    # what a cell has is asked for, whatever other file does not use it
+    perturbed = screen.obs["target_gene"] != CONTROL
+    screen.obs.loc[perturbed[perturbed].index[:2], "target_gene"] = "TERT"
+    screen.write_h5ad(ready / "b.h5ad")
+    toml(ready, TRAIN.replace("screen.h5ad", "{screen,b}.h5ad") + HELD)
+    refused(
+        "1 of 12 perturbations in b.h5ad has no embedding in features.pt (TERT); cell-load would "
+        "train them as control. Make the file again with create_esm_pert_features.py --from-toml"
     )
 
 
@@ -1147,7 +1274,11 @@ def test_perturbed_cells_alone_are_accepted_where_cell_load_can_do_it(
     accepted: Accepted, ready: Path, text: str
 ) -> None:
     toml(ready, text)
-    accepted(args=(NO_CONTROLS,))
+    unread = (
+        "1 cell type not read (sim.simB; 156 cells): [zeroshot] and [fewshot] do not name it, nor "
+        '[training] the dataset. To train on it: sim = "train" under [training]'
+    )
+    accepted(*([] if "simB" in text or "[training]" in text else [unread]), args=(NO_CONTROLS,))
     next(iter(data_module(ready, should_yield_control_cells=False).train_dataloader()))
 
 
