@@ -790,7 +790,10 @@ def _files_passed_over(path: str, files: Sequence[Path], read: Collection[Path])
         )
     dotted = [str(f) for f in files if f.name.startswith(".")]
     if dotted:
-        texts.append(f"cell-load reads hidden files too: {some(dotted)}. Is that meant?")
+        texts.append(
+            f"cell-load reads hidden files too: {some(dotted)}. If that is not meant, move "
+            f"{them(len(dotted))} out of the folder"
+        )
     return texts
 
 
@@ -3702,40 +3705,51 @@ def check_missing(
             f"filled with {filling}"
         )
         return
-    also = only_in(labels, missing)
-    column = labels.column or "COLUMN"
-    blanks, text = only_blanks(missing, resolver, column)
-    also += text
-    cured = {r.label for r in blanks}
-    rest = [r for r in missing if r.label not in cured]
-    controls = named_as_controls(rest, resolutions)
-    also += controls_advice(controls, labels, resolver, args)
-    if not may_be_the_control(controls, labels, args):
-        relabelled = {r.label for r in controls}
-        rest = [r for r in rest if r.label not in relabelled]
-    text, tried = suggest_form(rest, resolutions, resolver)
-    as_tried = [tried.label(r.label) for r in rest]
-    left = [r for r in as_tried if r.reason] or rest
-    controls = named_as_controls(left, as_tried) if text else []
-    also += text + controls_advice(controls, labels, tried, args)
-    relabelled = {r.label for r in controls}
-    left = [r for r in left if r.label not in relabelled]
-    unclear = {str(p.reason): " or ".join(p.paste) for r in rest for p in r.parts if p.paste}
-    if unclear and len(missing) > 1:
-        also += f" {some(unclear, 3)}."
-    if unclear:
-        also += f" Choose: {'; '.join(list(unclear.values())[:3])}."
-    if left:
-        which = "" if len(left) == len(missing) else f"For {some(r.label for r in left)}: "
-        also += f" {which}{advice_for_missing(args)}"
     reason = f": {missing[0].reason}" if len(missing) == 1 else ""
     kinds = missing_by_kind(resolutions)
     if not reason and "," in kinds:
         reason = f": {kinds}"
+    advice = advice_for_each(missing, resolutions, labels, resolver, args)
     raise InputError(
         f"{len(missing):,} of {count(total, 'label')} {have(len(missing))} no embedding "
-        f"({names}){reason}.{also}".removesuffix(".")
+        f"({names}){reason}.{only_in(labels, missing)}{advice}".removesuffix(".")
     )
+
+
+def advice_for_each(
+    missing: Sequence[Resolution],
+    resolutions: Sequence[Resolution],
+    labels: Labels,
+    resolver: Resolver,
+    args: argparse.Namespace,
+) -> str:
+    """What helps the missing labels: of each the first thing that does."""
+
+    def without(all_of: Sequence[Resolution], some_of: Sequence[Resolution]) -> list[Resolution]:
+        gone = {r.label for r in some_of}
+        return [r for r in all_of if r.label not in gone]
+
+    cured, blanks = only_blanks(missing, resolver, labels.column or "COLUMN")
+    controls = named_as_controls(without(missing, cured), resolutions)
+    relabel = controls_advice(controls, labels, resolver, args)
+    rest = without(missing, [*cured, *controls])
+    form, tried = suggest_form(rest, resolutions, resolver)
+    as_tried = [tried.label(r.label) for r in rest]
+    unread = [r for r in as_tried if r.reason]
+    more = named_as_controls(unread, as_tried) if form else []  # beside a gene, once parted
+    relabel_more = controls_advice(more, labels, tried, args)
+    may_be = controls if may_be_the_control(controls, labels, args) else []
+    left = [*without(unread, more), *may_be] or ([] if more else rest)
+    choose = ""
+    unclear = {str(p.reason): " or ".join(p.paste) for r in rest for p in r.parts if p.paste}
+    if unclear:
+        choose = f" {some(unclear, 3)}." if len(missing) > 1 else ""
+        choose += f" Choose: {'; '.join(list(unclear.values())[:3])}."
+    tail = ""
+    if left:
+        which = "" if len(left) == len(missing) else f"For {some(r.label for r in left)}: "
+        tail = f" {which}{advice_for_missing(args)}"
+    return f"{blanks}{relabel}{form}{relabel_more}{choose}{tail}"
 
 
 def advice_for_missing(args: argparse.Namespace) -> str:

@@ -403,7 +403,8 @@ def test_hidden_files_that_cell_load_reads_are_named(
     write_screen(tmp_path / "data/a.h5ad", ["A"])
     write_screen(tmp_path / "data/.b.h5ad", ["B"])
     assert said("data") == [
-        "dataset 'set0': cell-load reads hidden files too: data/.b.h5ad. Is that meant?"
+        "dataset 'set0': cell-load reads hidden files too: data/.b.h5ad. If that is not meant, "
+        "move it out of the folder"
     ]
     assert labels_in(tmp_path / "o.pt") == ["B", CONTROL, "A"]
     assert said(f"{tmp_path}/data/*.h5ad") == []

@@ -538,6 +538,18 @@ def test_each_missing_label_gets_its_own_advice(lookup: Callable[..., Result]) -
     )
 
 
+def test_a_name_that_may_be_the_control_is_said_once_beside_a_form(lookup: Any) -> None:
+    done = lookup(GENES, ("NTC", "STAT1_g1", "MYC_g1"), "--quiet")
+    assert done == Result(
+        1,
+        "",
+        "error: 3 of 3 labels have no embedding (NTC, STAT1_g1, MYC_g1): 1 named like a control, "
+        "2 not found. NTC: if this is the control, --control-pert NTC; only one label can be, so "
+        "give its cells that one. 2 of them resolve with --label-regex "
+        f"'(?P<gene>.+?)[_-](sg|g|guide)?[0-9]+' (STAT1_g1 is STAT1). For NTC:{ADVICE}",
+    )
+
+
 @pytest.mark.parametrize(
     "label",
     [
