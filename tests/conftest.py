@@ -41,6 +41,12 @@ def run_script(name: str, *arguments: object, cwd: Path, **options: object) -> R
     return Result(done.returncode, done.stdout, done.stderr)
 
 
+@pytest.fixture(autouse=True)
+def whole_float32() -> None:
+    """State's training leaves products of float32 less exact for its process, references too."""
+    torch.set_float32_matmul_precision("highest")
+
+
 @pytest.fixture
 def create(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
