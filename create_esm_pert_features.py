@@ -858,6 +858,8 @@ class Labels:
         Where they come from, as in the manifest.
     fewshot_only
         Labels that [fewshot] holds out but no file holds.
+    for_run
+        They are for a trained run, whose control and sources cannot be chosen any more.
     """
 
     control: str
@@ -867,6 +869,7 @@ class Labels:
     in_no_cell: dict[str, Collection[str]] = field(default_factory=dict)
     inputs: list[dict[str, Any]] = field(default_factory=list)
     fewshot_only: list[str] = field(default_factory=list)
+    for_run: bool = False
 
     @property
     def column(self) -> str | None:
@@ -1253,6 +1256,9 @@ def data_file_origin(path: Path) -> dict[str, Any]:
     return {"path": str(path), "kind": "adata", "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
 
 
+NAME_CONTROL = "Name it with --control-pert"
+
+
 def relabelling(
     whole: Iterable[str], guides: Iterable[str], control: str, column: str
 ) -> tuple[str, Callable[[str], str]]:
@@ -1289,12 +1295,14 @@ def plain_regex(text: str) -> str:
     return re.sub(r"\\([ #&~-])", r"\1", re.escape(text))
 
 
-def require_control(control: str, labels: Sequence[str], path: Path, column: str) -> None:
+def require_control(
+    control: str, labels: Sequence[str], path: Path, column: str, advice: str = NAME_CONTROL
+) -> None:
     """cell-load refuses a file without control cells; say which label was probably meant."""
     if control in labels:
         return
     guides = [x for x in labels if CONTROL_GUIDES.fullmatch(letters(x))]
-    hint, advice = did_you_mean(control, labels), "Name it with --control-pert"
+    hint = did_you_mean(control, labels)
     if usual := [x for x in labels if re.search(r"control|ctrl|non.?targ|^nt", x, re.IGNORECASE)]:
         hint = f" (did you mean {some(usual)}?)"
     if control in map(str.strip, labels):
@@ -1324,7 +1332,7 @@ def label_column(paths: Sequence[Path], pert_col: str | None) -> str:
 
 
 def labels_of_files(
-    paths: Sequence[Path], column: str, control: str | None
+    paths: Sequence[Path], column: str, control: str | None, advice: str = NAME_CONTROL
 ) -> dict[Path, list[str]]:
     """Labels of each file, all read from one column.
 
@@ -1337,7 +1345,7 @@ def labels_of_files(
             labels[path] = read_labels(file, column)
             unreadable[path] = find_unreadable(file, {f"obs/{column}": "labels"})
         if control is not None:
-            require_control(control, labels[path], path, column)
+            require_control(control, labels[path], path, column, advice)
     for problem in storage_problems(unreadable) if control is not None else ():
         warn(problem)
     return labels
@@ -1359,7 +1367,8 @@ def add_toml_labels(labels: Labels, toml_path: Path, pert_col: str | None) -> No
         column = label_column(files, pert_col)
     except LacksColumn as error:
         raise InputError(f"{error}{leave_out(error.files, by_dataset)}") from error
-    in_files = labels_of_files(files, column, labels.control)
+    advice = "Give its control cells that label, as in the run" if labels.for_run else NAME_CONTROL
+    in_files = labels_of_files(files, column, labels.control, advice)
     add_labels_found(labels, in_files, column, experiment, toml_path)
     if labels.fewshot_only:
         warn(names_of_no_file(labels.fewshot_only, {x for f in in_files.values() for x in f}))
@@ -1435,7 +1444,7 @@ def _gene_list_column(path: Path, header: list[str], pert_col: str | None) -> st
 
 def collect_labels(args: argparse.Namespace) -> Labels:
     """Every label the command asks for, but for --all-genes."""
-    labels = Labels(control=args.control_pert)
+    labels = Labels(control=args.control_pert, for_run=args.into_run is not None)
     if args.from_toml:
         add_toml_labels(labels, args.from_toml, args.pert_col)
     if args.adata:
@@ -2132,46 +2141,16 @@ def open_checkpoint(model: str, path: Path) -> Checkpoint:
 # ---------------------------------------------------------------------------------------------
 
 
-class Linear:
-    """x @ weight.T + bias, then GELU if asked.
-
-    On x86 the weight is laid out once for oneDNN, whose kernel does the GELU on the way out:
-    10 to 25 % faster than torch.nn.functional.linear, which calls MKL for float32.
-    """
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, like: torch.Tensor) -> None:
-        import torch
-
-        self.weight, self.bias = weight.to(like), bias.to(like)
-        self.packed = (
-            like.device.type == "cpu"
-            and like.dtype in (torch.float32, torch.bfloat16)
-            and platform.machine() in ("x86_64", "AMD64")
-            and torch.backends.mkldnn.is_available()
-        )
-        if self.packed:
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, WINDOW)
-
-    def __call__(self, x: torch.Tensor, gelu: bool = False) -> torch.Tensor:
-        import torch
-
-        if self.packed:
-            after = "gelu" if gelu else "none"
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, after, [], "none")
-        y = torch.nn.functional.linear(x, self.weight, self.bias)
-        return torch.nn.functional.gelu(y) if gelu else y
-
-
 @dataclass(frozen=True)
 class Block:
-    """Weights of a transformer layer: two layer norms (weight, bias) and four linear maps."""
+    """(weight, bias) of a transformer layer: two layer norms and four linear maps."""
 
     norm1: tuple[torch.Tensor, torch.Tensor]
-    qkv: Linear
-    out: Linear
+    qkv: tuple[torch.Tensor, torch.Tensor]
+    out: tuple[torch.Tensor, torch.Tensor]
     norm2: tuple[torch.Tensor, torch.Tensor]
-    fc1: Linear
-    fc2: Linear
+    fc1: tuple[torch.Tensor, torch.Tensor]
+    fc2: tuple[torch.Tensor, torch.Tensor]
 
 
 class Esm2:
@@ -2197,6 +2176,7 @@ class Esm2:
         self.heads, self.head_width = c.heads, c.width // c.heads
         self.device, self.layers = device, c.layers
         self.attention_dtype = torch.float32 if device.type == "cpu" else dtype
+        self.dtype = dtype
         like = torch.empty(0, device=device, dtype=dtype)
         exact = torch.empty(0, device=device)
         # rotary embedding turns pairs (i, i + half): rows of query and key are put in an order
@@ -2212,15 +2192,15 @@ class Esm2:
         def norm(name: str) -> tuple[torch.Tensor, torch.Tensor]:
             return weight(f"{name}.weight").to(exact), weight(f"{name}.bias").to(exact)
 
-        def linear(name: str) -> Linear:
-            return Linear(weight(f"{name}.weight"), weight(f"{name}.bias"), like)
+        def linear(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+            return weight(f"{name}.weight").to(like), weight(f"{name}.bias").to(like)
 
-        def qkv(name: str) -> Linear:
+        def qkv(name: str) -> tuple[torch.Tensor, torch.Tensor]:
             def joined(kind: str) -> torch.Tensor:
                 q, k, v = (weight(f"{name}.{x}_proj.{kind}") for x in "qkv")
-                return torch.cat([q[rows], k[rows], v])
+                return torch.cat([q[rows], k[rows], v]).to(like)
 
-            return Linear(joined("weight"), joined("bias"), like)
+            return joined("weight"), joined("bias")
 
         self.blocks = []
         for i in range(c.layers):
@@ -2259,7 +2239,7 @@ class Esm2:
         The same as `representations[layer]` of fair-esm's ESM2.
         """
         import torch
-        from torch.nn.functional import layer_norm, scaled_dot_product_attention
+        from torch.nn.functional import gelu, layer_norm, linear, scaled_dot_product_attention
 
         x = self.embedding[tokens.to(self.device)]
         length, width = x.shape
@@ -2268,15 +2248,15 @@ class Esm2:
         turn = turn.expand(-1, 2 * self.heads, -1).contiguous()
         for block in self.blocks[:layer]:
             h = layer_norm(x, (width,), *block.norm1)
-            qkv = block.qkv(h.to(block.qkv.bias.dtype)).float()
+            qkv = linear(h.to(self.dtype), *block.qkv).float()
             pairs = qkv[:, : 2 * width].view(length, 2 * self.heads, -1, 2)
             torch.view_as_complex(pairs).mul_(turn)
             qkv = qkv.to(self.attention_dtype).view(1, length, 3, self.heads, self.head_width)
             mixed = scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))
             mixed = mixed.transpose(1, 2).reshape(length, width)
-            x += block.out(mixed.to(block.out.bias.dtype))
+            x += linear(mixed.to(self.dtype), *block.out)
             h = layer_norm(x, (width,), *block.norm2)
-            x += block.fc2(block.fc1(h.to(block.fc1.bias.dtype), gelu=True))
+            x += linear(gelu(linear(h.to(self.dtype), *block.fc1)), *block.fc2)
         return layer_norm(x, (width,), *self.norm_after) if layer == self.layers else x
 
 
@@ -2460,6 +2440,33 @@ def choose_precision(name: str, device: torch.device) -> str:
     return "bfloat16" if made_for_it else "float32"
 
 
+def slow_in(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies matrices far more slowly in half precision than in float32.
+
+    Measured, on one thread, each at its best of several: what instructions a CPU has does not say
+    what this build of torch makes of them. Without such instructions half precision took 4 to 50
+    times as long as float32, with them 0.2 to 0.8 times.
+    """
+    import torch
+
+    def seconds(kind: torch.dtype) -> float:
+        x, weight = torch.ones(256, 512, dtype=kind), torch.ones(512, 512, dtype=kind)
+        start = time.perf_counter()
+        torch.nn.functional.linear(x, weight)
+        return time.perf_counter() - start
+
+    cores = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        # in turn, so that whatever else this machine does slows down both
+        half, single = zip(
+            *((seconds(dtype), seconds(torch.float32)) for _ in range(6)), strict=True
+        )
+    finally:
+        torch.set_num_threads(cores)
+    return min(half) > 2 * min(single)
+
+
 @dataclass(frozen=True)
 class Recipe:
     """All that the vector of a sequence depends on: what the manifest says, and the cache's key."""
@@ -2487,9 +2494,10 @@ class Progress:
 
     SECONDS = 30
 
-    def __init__(self, sequences: Sequence[str], quiet: bool) -> None:
+    def __init__(self, sequences: Sequence[str]) -> None:
         from tqdm import tqdm
 
+        quiet = not log.isEnabledFor(logging.INFO)
         self.proteins, self.done = len(sequences), 0
         self.bar = tqdm(
             total=sum(map(len, sequences)),
@@ -2579,7 +2587,11 @@ def find_checkpoint(
 
 
 def embed_genes(
-    genes: Sequence[str], proteins: Proteins, checkpoint: Checkpoint, args: argparse.Namespace
+    genes: Sequence[str],
+    proteins: Proteins,
+    checkpoint: Checkpoint,
+    args: argparse.Namespace,
+    for_run: bool,
 ) -> dict[str, torch.Tensor]:
     """{gene: mean vector of its proteins, float32 (width,)}; each sequence is embedded once.
 
@@ -2608,9 +2620,13 @@ def embed_genes(
         *(f"{len(missing):,}", args.esm_model, device.type, precision),
     )
     if missing:
+        dtype = getattr(torch, precision)
+        if device.type == "cpu" and dtype != torch.float32 and slow_in(dtype):
+            choice = "" if for_run else "--precision "
+            warn(f"{precision} is slow on this CPU, {choice}float32 is faster")
         try:
-            model = Esm2(checkpoint, device, getattr(torch, precision))
-            progress = Progress(missing, args.quiet)
+            model = Esm2(checkpoint, device, dtype)
+            progress = Progress(missing)
             for sequence, vector in embed_all(model, missing, layer, args.long):
                 vectors[sequence] = vector
                 cache.put(recipe.key(sequence), vector)
@@ -2618,10 +2634,13 @@ def embed_genes(
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
+            other = "--device cpu"
+            if not for_run:
+                other = f"--precision bfloat16, {other} or a smaller --esm-model"
             raise InputError(
                 f"out of memory on {device.type}, where {args.esm_model} in {precision} and one "
                 f"window of {WINDOW:,} residues must fit; what is finished is kept. Free memory "
-                "there, or choose --precision bfloat16, --device cpu or a smaller --esm-model"
+                f"there, or choose {other}"
             ) from error
     cache.close()
     return {
@@ -3155,6 +3174,7 @@ def read_vectors(
     sources: Sequence[Source],
     checkpoint: Checkpoint | None,
     args: argparse.Namespace,
+    for_run: bool,
 ) -> dict[str, torch.Tensor]:
     """{gene: float32 (width,)} of the genes used of each source, looked up or computed.
 
@@ -3170,7 +3190,7 @@ def read_vectors(
             check_vectors(found, source.path)
             vectors |= found
         elif checkpoint is not None:
-            vectors |= embed_genes(genes, source, checkpoint, args)
+            vectors |= embed_genes(genes, source, checkpoint, args, for_run)
     return vectors
 
 
@@ -3318,6 +3338,8 @@ def build_manifest(
     resolutions: Sequence[Resolution],
     features: Mapping[str, torch.Tensor],
     features_sha256: str,
+    command: Sequence[str],
+    ablation: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """The manifest: the same for the same inputs, so it holds no time of day."""
     import torch
@@ -3329,7 +3351,7 @@ def build_manifest(
             "torch": torch.__version__,
             "create_esm_pert_features": __version__,
         },
-        "command": args.command,
+        "command": command,
         "control": labels.control,
         "width": len(features[labels.control]),
         "features_sha256": features_sha256,
@@ -3343,7 +3365,7 @@ def build_manifest(
             "label_regex": args.label_regex and args.label_regex.pattern,
             "prefer_previous": args.prefer_previous,
         },
-        "ablation": {"kind": args.ablation, "seed": args.seed} if args.ablation else None,
+        "ablation": ablation,
         "labels": {r.label: label_record(r, resolver.sources, args.missing) for r in resolutions},
         "missing": {r.label: r.reason for r in resolutions if r.reason},
         "identical": identical(with_vectors(resolutions, features)),
@@ -3690,16 +3712,17 @@ def check_missing(
     resolutions: Sequence[Resolution],
     labels: Labels,
     resolver: Resolver,
-    args: argparse.Namespace,
+    policy: str,
+    can_report: bool,
 ) -> None:
-    """Refuse missing labels, with what helps each, or say once what --missing does with them."""
+    """Refuse missing labels, with what helps each, or say once what --missing (`policy`) does."""
     missing = [r for r in resolutions if r.reason]
     if not missing:
         return
     total = sum(r.label != labels.control for r in resolutions)
     names = some(r.label for r in missing)
-    if args.missing != "error":
-        filling = "the mean vector" if args.missing == "mean" else "zeros, as if they were control"
+    if policy != "error":
+        filling = "the mean vector" if policy == "mean" else "zeros, as if they were control"
         warn(
             f"{len(missing):,} of {count(total, 'label')} missing, or a part of them ({names}): "
             f"filled with {filling}"
@@ -3709,7 +3732,7 @@ def check_missing(
     kinds = missing_by_kind(resolutions)
     if not reason and "," in kinds:
         reason = f": {kinds}"
-    advice = advice_for_each(missing, resolutions, labels, resolver, args)
+    advice = advice_for_each(missing, resolutions, labels, resolver, can_report)
     raise InputError(
         f"{len(missing):,} of {count(total, 'label')} {have(len(missing))} no embedding "
         f"({names}){reason}.{only_in(labels, missing)}{advice}".removesuffix(".")
@@ -3721,7 +3744,7 @@ def advice_for_each(
     resolutions: Sequence[Resolution],
     labels: Labels,
     resolver: Resolver,
-    args: argparse.Namespace,
+    can_report: bool,
 ) -> str:
     """What helps the missing labels: of each the first thing that does."""
 
@@ -3731,14 +3754,14 @@ def advice_for_each(
 
     cured, blanks = only_blanks(missing, resolver, labels.column or "COLUMN")
     controls = named_as_controls(without(missing, cured), resolutions)
-    relabel = controls_advice(controls, labels, resolver, args)
+    relabel = controls_advice(controls, labels, resolver)
     rest = without(missing, [*cured, *controls])
     form, tried = suggest_form(rest, resolutions, resolver)
     as_tried = [tried.label(r.label) for r in rest]
     unread = [r for r in as_tried if r.reason]
     more = named_as_controls(unread, as_tried) if form else []  # beside a gene, once parted
-    relabel_more = controls_advice(more, labels, tried, args)
-    may_be = controls if may_be_the_control(controls, labels, args) else []
+    relabel_more = controls_advice(more, labels, tried)
+    may_be = controls if may_be_the_control(controls, labels) else []
     left = [*without(unread, more), *may_be] or ([] if more else rest)
     choose = ""
     unclear = {str(p.reason): " or ".join(p.paste) for r in rest for p in r.parts if p.paste}
@@ -3748,17 +3771,17 @@ def advice_for_each(
     tail = ""
     if left:
         which = "" if len(left) == len(missing) else f"For {some(r.label for r in left)}: "
-        tail = f" {which}{advice_for_missing(args)}"
+        tail = f" {which}{advice_for_missing(labels.for_run, can_report)}"
     return f"{blanks}{relabel}{form}{relabel_more}{choose}{tail}"
 
 
-def advice_for_missing(args: argparse.Namespace) -> str:
+def advice_for_missing(for_run: bool, can_report: bool) -> str:
     """What helps a label that is a gene which no source has."""
-    see_all = "see all with --report FILE.tsv --dry-run, " if getattr(args, "output", None) else ""
-    return (
-        "Add a table that has them with --esm-embeddings, or their proteins with --fasta, rename "
-        f"with --alias OLD=NEW, {see_all}or accept with --missing mean"
-    )
+    see_all = "see all with --report FILE.tsv --dry-run, " if can_report else ""
+    add = "Add a table that has them with --esm-embeddings, or their proteins with --fasta"
+    if for_run:  # to which other tables would mean nothing
+        add = "Add their proteins with --fasta"
+    return f"{add}, rename with --alias OLD=NEW, {see_all}or accept with --missing mean"
 
 
 def only_in(labels: Labels, missing: Sequence[Resolution]) -> str:
@@ -3770,23 +3793,21 @@ def only_in(labels: Labels, missing: Sequence[Resolution]) -> str:
     return f" {'It is' if len(missing) == 1 else 'They are'} in {some(holders)} only."
 
 
-def controls_advice(
-    controls: Sequence[Resolution], labels: Labels, resolver: Resolver, args: argparse.Namespace
-) -> str:
+def controls_advice(controls: Sequence[Resolution], labels: Labels, resolver: Resolver) -> str:
     """What to do with labels that are named like controls: one label only can be the control."""
     alone = [r for r in controls if only_controls(r)]
     beside = [r for r in controls if not only_controls(r)]
-    if may_be_the_control(controls, labels, args):
+    if may_be_the_control(controls, labels):
         name = alone[0].label
         return (
             f" {shown(name)}: if this is the control, --control-pert {shlex.quote(name)}; only one "
             "label can be, so give its cells that one."
         )
-    texts, as_in_run = [], getattr(args, "into_run", None) is not None
+    texts = []
     if alone:
         what, whose = ("a control", "its") if len(alone) == 1 else ("controls", "their")
         names = some(r.label for r in alone)
-        label = shown(labels.control) + (", as in the run" if as_in_run else "")
+        label = shown(labels.control) + (", as in the run" if labels.for_run else "")
         texts.append(f" {names}: {what}. Give {whose} cells the label {label}")
     if beside:
         names = some(r.label for r in beside)
@@ -3795,27 +3816,25 @@ def controls_advice(
     return "".join(f"{text}{line if text == texts[-1] else ''}." for text in texts)
 
 
-def may_be_the_control(
-    controls: Sequence[Resolution], labels: Labels, args: argparse.Namespace
-) -> bool:
+def may_be_the_control(controls: Sequence[Resolution], labels: Labels) -> bool:
     """Whether a name of controls may be that of the run's: of a list, or a file without it."""
     return (
         len(controls) == 1
         and letters(controls[0].label) in CONTROL_NAMES
         and labels.control not in labels.names
-        and getattr(args, "into_run", None) is None
+        and not labels.for_run
     )
 
 
 def leave_out_unused(
-    resolutions: Sequence[Resolution], labels: Labels, args: argparse.Namespace
+    resolutions: Sequence[Resolution], labels: Labels, policy: str
 ) -> list[Resolution]:
     """Labels without embedding that no cell has; unless --missing fills them in.
 
     cell-load gives a category that the features lack zeros, which no cell uses, so that nothing is
     trained on them, and --into-run gives a run their vectors later.
     """
-    if args.missing != "error":
+    if policy != "error":
         return []
     return [r for r in resolutions if r.reason and not labels.needed_in(r.label)]
 
@@ -3840,6 +3859,7 @@ def summary(
     resolver: Resolver,
     args: argparse.Namespace,
     features: Mapping[str, torch.Tensor] | None = None,
+    ablation: Mapping[str, Any] | None = None,
 ) -> str:
     """The closing table: labels by how they were resolved, missing ones by reason, sources, and,
     once there are features, the nearest neighbours of a few well-known genes.
@@ -3854,8 +3874,9 @@ def summary(
     ]
     if any(r.reason for r in resolutions):
         rows.insert(1, ("missing", missing_by_kind(resolutions)))
-    if args.ablation:
-        rows.append(("ablation", f"{args.ablation}, seed {args.seed}: no gene has its own vector"))
+    if ablation:
+        how = f"{ablation['kind']}, seed {ablation['seed']}"
+        rows.append(("ablation", f"{how}: no gene has its own vector"))
     elif features is not None:
         vectors = with_vectors(resolutions, features)
         known = [gene for gene in WELL_KNOWN if gene in vectors][:3]
@@ -4029,26 +4050,50 @@ class Resolved:
         known = self.checkpoint.width if self.checkpoint else None
         return known or ESM2_WIDTHS.get(args.esm_model)
 
-    def features(self, args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+    def features(
+        self, args: argparse.Namespace, ablation: Mapping[str, Any] | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """({label: vector}, {gene: vector}), read, computed, ablated, combined."""
-        vectors = read_vectors(self.used, self.resolver.sources, self.checkpoint, args)
-        vectors = dict(ablate(vectors, args.ablation, args.seed))
+        sources, for_run = self.resolver.sources, self.labels.for_run
+        vectors = read_vectors(self.used, sources, self.checkpoint, args, for_run)
+        if ablation:
+            vectors = dict(ablate(vectors, ablation["kind"], ablation["seed"]))
         width = len(next(iter(vectors.values())))
         return build_features(self.resolutions, vectors, width, args), vectors
 
     def manifest(
-        self, features: Mapping[str, torch.Tensor], features_sha256: str, args: argparse.Namespace
+        self,
+        features: Mapping[str, torch.Tensor],
+        features_sha256: str,
+        args: argparse.Namespace,
+        command: Sequence[str],
+        ablation: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """What the manifest says of a file of these features."""
+        """What the manifest says of a file of these features, made by `command`."""
         manifest = build_manifest(
-            args, self.labels, self.resolver, self.resolutions, features, features_sha256
+            *(args, self.labels, self.resolver, self.resolutions),
+            *(features, features_sha256, command, ablation),
         )
         left_out = {r.label: r.reason for r in self.left_out}
         return manifest | ({"left_out": left_out} if left_out else {})
 
 
-def resolve_labels(labels: Labels, args: argparse.Namespace) -> Resolved | None:
+def resolve_labels(
+    labels: Labels,
+    args: argparse.Namespace,
+    all_genes: bool = False,
+    report: Path | None = None,
+    can_report: bool = False,
+) -> Resolved | None:
     """Open the sources and find the gene of every label; None if a dry run has no source.
+
+    Parameters
+    ----------
+    args
+        Options that both scripts have (`add_feature_options`) and --dry-run; what one of them has
+        alone comes in the other parameters.
+    can_report
+        The command has --report.
 
     Raises
     ------
@@ -4060,26 +4105,26 @@ def resolve_labels(labels: Labels, args: argparse.Namespace) -> Resolved | None:
     if not sources:  # a dry run that would have to download
         log.info("%s to look up: %s", count(len(labels.names), "label"), some(labels.names))
         return None
-    if args.all_genes:
+    if all_genes:
         genes = [g for source in sources for g in source.symbols if g != labels.control]
         labels.add(genes, path=some(str(source.path) for source in sources), kind="all-genes")
     names = dict.fromkeys([*labels.names, labels.control])
     aliases = read_aliases(args.alias, args.aliases)
     resolver = Resolver(sources, aliases, labels.control, args)
     every = resolve(names, resolver)
-    left_out = leave_out_unused(every, labels, args)
+    left_out = leave_out_unused(every, labels, args.missing)
     none = {r.label for r in left_out}
     resolutions = [r for r in every if r.label not in none]
-    if args.report:
-        write_report(args.report, resolutions, sources, args, left_out=left_out)
-    check_missing(resolutions, labels, resolver, args)
+    if report:
+        write_report(report, resolutions, sources, args, left_out=left_out)
+    check_missing(resolutions, labels, resolver, args.missing, can_report)
     holders = {r.label: labels.holders[r.label] for r in left_out}
     files = dict.fromkeys(p for paths in holders.values() for p in paths if p in labels.columns)
     unused = [label for label, paths in holders.items() if not files.keys().isdisjoint(paths)]
     if unused and labels.column:
         warn(say_left_out(unused, files, labels.column, ""))
     used = genes_by_source(resolutions, sources)
-    if not any(used) and not getattr(args, "into_run", None):
+    if not any(used) and not labels.for_run:
         raise InputError(
             f"none of the {count(len(names) - 1, 'label')} is in a source: other species or "
             f"naming? labels: {some(names)}; {sources[0].path}: {some(sources[0].symbols)}"
@@ -4476,9 +4521,9 @@ def new_vectors(
         for label, record in manifest["labels"].items()
         if "gene" in record
     }
-    vectors = known | read_vectors(
-        resolved.used, resolved.resolver.sources, resolved.checkpoint, args
-    )
+    sources = resolved.resolver.sources
+    found = read_vectors(resolved.used, sources, resolved.checkpoint, args, for_run=True)
+    vectors = known | found
     features = build_features(resolved.resolutions, vectors, manifest["width"], args)
     return {label: vector for label, vector in features.items() if label != run.control}
 
@@ -4502,7 +4547,7 @@ def write_into_run(
     with staged(run.map_path, lambda f: torch.save({**in_map, **missing}, f)):
         log.info("the map of before is kept as %s", keep(run.map_path))
         if new and resolved:
-            before, described = run.manifest(), resolved.manifest(features, "", args)
+            before, described = run.manifest(), resolved.manifest(features, "", args, args.command)
             keep(run.features)
             keep(manifest_path(run.features))
             write_features(
@@ -4745,27 +4790,33 @@ def check_outputs(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> int:
     """From labels to the features file, in the order of the data."""
     check_outputs(args)
-    resolved = resolve_labels(collect_labels(args), args)
+    ablation = {"kind": args.ablation, "seed": args.seed} if args.ablation else None
+    labels = collect_labels(args)
+    resolved = resolve_labels(labels, args, args.all_genes, args.report, can_report=True)
     if resolved is None:
         return 0
-    labels, resolver, resolutions = resolved.labels, resolved.resolver, resolved.resolutions
+    resolver, resolutions = resolved.resolver, resolved.resolutions
     if args.dry_run and resolved.to_embed:
-        log.info("%s", summary(resolutions, labels, resolver, args))
+        log.info("%s", summary(resolutions, labels, resolver, args, ablation=ablation))
         log.info("dry run: %s to compute, nothing written", count(len(resolved.to_embed), "gene"))
         return 0
-    features, vectors = resolved.features(args)
+    features, vectors = resolved.features(args, ablation)
     own = with_vectors(resolutions, features)
     if args.report:
         write_report(args.report, resolutions, resolver.sources, args, own, resolved.left_out)
     if args.plot:
         draw(args.plot, resolutions, vectors, features, resolved.tables)
     warn_of_identical(own)
-    log.info("%s", summary(resolutions, labels, resolver, args, features))
+    log.info("%s", summary(resolutions, labels, resolver, args, features, ablation))
     if args.dry_run:
         set_aside(args.output, act=False)
         log.info("dry run: %s not written", args.output)
         return 0
-    write_features(args.output, features, lambda sha256: resolved.manifest(features, sha256, args))
+    write_features(
+        args.output,
+        features,
+        lambda sha256: resolved.manifest(features, sha256, args, args.command, ablation),
+    )
     print(args.output)
     return 0
 

@@ -970,30 +970,25 @@ def make_features(
     add_labels_found(labels, in_files, data.columns.pert, data.experiment, args.config)
     words = ["--from-toml", args.config, "--pert-col", data.columns.pert]
     words += ["--control-pert", data.columns.control, *feature_words(args)]
-    asked = {
-        "all_genes": False,
-        "ablation": None,
-        "report": None,
-        "quiet": False,
-        "command": [str(w) for w in words],
-    }
-    wanted = argparse.Namespace(**{**vars(args), **asked})
-    resolved = resolve_labels(labels, wanted)
+    command = [str(w) for w in words]  # of create_esm_pert_features.py
+    resolved = resolve_labels(labels, args)
     before = earlier["identity"]["features"]["sha256"] if earlier else None
     unknown = {"sha256": before, "width": 0, "labels": len(labels.names), "ablation": None}
     if resolved is None:
         return None, unknown
     resolver, resolutions = resolved.resolver, resolved.resolutions
     if found.problems or (args.dry_run and resolved.to_embed):
-        log.info("%s", summary(resolutions, labels, resolver, wanted))
+        log.info("%s", summary(resolutions, labels, resolver, args))
         if resolved.to_embed:
             log.info("%s to compute before the training", count(len(resolved.to_embed), "gene"))
-        return None, {**unknown, "width": resolved.width(wanted) or 0}
-    features, _ = resolved.features(wanted)
+        return None, {**unknown, "width": resolved.width(args) or 0}
+    features, _ = resolved.features(args)
     warn_of_identical(with_vectors(resolutions, features))
-    log.info("%s", summary(resolutions, labels, resolver, wanted, features))
+    log.info("%s", summary(resolutions, labels, resolver, args, features))
     path = place / OWN_FEATURES
-    write_features(path, features, lambda sha256: resolved.manifest(features, sha256, wanted))
+    write_features(
+        path, features, lambda sha256: resolved.manifest(features, sha256, args, command)
+    )
     checked = Findings()  # its warnings were said in other words
     about = check_features(path, read_manifest(path), data, checked)
     found.problems += checked.problems

@@ -211,6 +211,53 @@ def test_labels_of_no_cell_of_a_template_are_left_out_of_what_is_added(
     assert "NONESUCH" not in load(run / "pert_features.pt")
 
 
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ("NONE", "1 of 1 label has no embedding (NONE): 'NONE' is in no table."),
+        (
+            "SIM001_g2\nSIM002_g2",
+            "2 of 2 labels have no embedding (SIM001_g2, SIM002_g2). 2 of them resolve with "
+            "--label-regex '(?P<gene>.+?)[_-](sg|g|guide)?[0-9]+' (SIM001_g2 is SIM001).",
+        ),
+        (
+            "Ctrl",
+            "1 of 1 label has no embedding (Ctrl): 'Ctrl' is the name of a control, not of a gene. "
+            "Ctrl: if this is the control, label its cells non-targeting, as in the run.",
+        ),
+    ],
+)
+def test_advice_on_missing_labels_is_for_a_run(
+    add: Any, run: Path, tmp_path: Path, labels: str, message: str
+) -> None:
+    """Another table, --report and --control-pert would be refused."""
+    (tmp_path / "genes.txt").write_text(f"{labels}\nSIM004\n")
+    refused(
+        add("--gene-list", tmp_path / "genes.txt"),
+        f"{message} Add their proteins with --fasta, rename with --alias OLD=NEW, or accept with "
+        "--missing mean",
+    )
+
+
+def test_control_of_a_run_is_not_asked_for(
+    add: Any, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen = anndata.read_h5ad("sim.h5ad")
+    screen.obs["target_gene"] = screen.obs["target_gene"].cat.rename_categories(
+        {"non-targeting": "NTC"}
+    )
+    screen.write_h5ad(tmp_path / "other.h5ad")
+    (tmp_path / "c.toml").write_text(
+        f'[datasets]\nd = "{tmp_path}/other.h5ad"\n[training]\nd = "train"\n'
+    )
+    refused(
+        add("--from-toml", tmp_path / "c.toml"),
+        f"{tmp_path}/other.h5ad: no cell has the control label 'non-targeting' in obs column "
+        "'target_gene' (did you mean NTC?). Give its control cells that label, as in the run; "
+        "labels: NTC, SIM000, SIM000+SIM001, SIM001, SIM002, ...",
+    )
+
+
 def unlabelled(cells: anndata.AnnData) -> anndata.AnnData:
     cells.obs.loc[cells.obs_names[:3], "target_gene"] = None
     return cells

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import inspect
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import anndata
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import SMALL, Result, run_script
@@ -175,6 +179,155 @@ def test_missing_labels_are_refused_as_script_1_does_and_nothing_is_written(
     done = train("--missing", "mean")
     assert done.code == 0
     assert done.err.count("1 of 11 labels missing, or a part of them (SIM007)") == 1
+
+
+GENES = ("STAT1", "MYC", "WWTR1")
+ASK = "Add a table that has them with --esm-embeddings, or their proteins with --fasta, "
+BOTH = "if this is the control, --control-pert"
+ONE = "only one label can be, so give its cells that one."
+
+
+@pytest.mark.parametrize(
+    ("labels", "options", "message"),
+    [
+        (("NONE1",), (), "1 of 4 labels has no embedding (NONE1): 'NONE1' is in no table. "),
+        (
+            ("NONE1", "TAZ", "NTC", "nan"),
+            (),
+            "4 of 7 labels have no embedding (NONE1, NTC, TAZ, nan): 1 ambiguous, 1 named like a "
+            f"control, 1 no value, 1 not found. NTC: {BOTH} NTC; {ONE} 'TAZ' is ambiguous: "
+            "TAFAZZIN (previous symbol, not here) or WWTR1 (alias symbol). Choose: "
+            "--alias TAZ=WWTR1. ",
+        ),
+        (
+            ("TAZ",),
+            (),
+            "1 of 4 labels has no embedding (TAZ): 'TAZ' is ambiguous: TAFAZZIN (previous symbol, "
+            "not here) or WWTR1 (alias symbol). Choose: --alias TAZ=WWTR1. ",
+        ),
+        (
+            ("NTC",),
+            (),
+            "1 of 4 labels has no embedding (NTC): 'NTC' is the name of a control, not of a gene. "
+            f"NTC: {BOTH} NTC; {ONE} ",
+        ),
+        (
+            ("STAT1+ctrl",),
+            (),
+            "1 of 4 labels has no embedding (STAT1+ctrl): 'ctrl' is the name of a control, not of "
+            f"a gene. ctrl: {BOTH} ctrl; {ONE} ",
+        ),
+        (
+            ("nan",),
+            (),
+            "1 of 4 labels has no embedding (nan): 'nan' stands for no value. ",
+        ),
+        (
+            ("NEAT1",),
+            ("--hgnc", "hgnc.txt"),
+            "1 of 4 labels has no embedding (NEAT1): 'NEAT1' has no protein: NEAT1 is a "
+            "non-coding RNA gene. ",
+        ),
+        (
+            ("STAT1_g1", "MYC_g2"),
+            (),
+            "2 of 5 labels have no embedding (MYC_g2, STAT1_g1). 2 of them resolve with "
+            "--label-regex '(?P<gene>.+?)[_-](sg|g|guide)?[0-9]+' (MYC_g2 is MYC). ",
+        ),
+        (
+            ("STAT1|MYC",),
+            (),
+            "1 of 4 labels has no embedding (STAT1|MYC): 'STAT1|MYC' is in no table. 1 of them "
+            "resolve with --separator '|' (STAT1|MYC is STAT1 and MYC). ",
+        ),
+        (
+            ("NONE1", "STAT1+NONE2"),
+            ("--missing", "mean"),
+            "2 of 5 labels missing, or a part of them (NONE1, STAT1+NONE2): filled with the mean "
+            "vector",
+        ),
+        (
+            ("NTC",),
+            ("--missing", "zero"),
+            "1 of 4 labels missing, or a part of them (NTC): filled with zeros, as if they were "
+            "control",
+        ),
+        (
+            (),  # a typo in [fewshot]
+            (),
+            "1 of 4 labels has no embedding (STAT11): 'STAT11' is in no table. STAT11: only in "
+            "[fewshot], probably a typo. ",
+        ),
+    ],
+)
+def test_missing_labels_have_one_message_in_both_scripts(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    labels: tuple[str, ...],
+    options: tuple[str, ...],
+    message: str,
+) -> None:
+    """But for --report, which the training has not."""
+    monkeypatch.chdir(tmp_path)
+    everything = ["non-targeting", *GENES, *labels]
+    obs = {"target_gene": everything * 4, "cell_type": ["a"] * 4 * len(everything)}
+    frame = pd.DataFrame(obs | {"batch": "b"}, dtype="category")
+    frame.index = frame.index.astype(str)
+    x = np.random.default_rng(0).random((len(frame), 5)).astype(np.float32)
+    data = anndata.AnnData(x, obs=frame, var=pd.DataFrame(index=[f"G{i}" for i in range(5)]))
+    data.write_h5ad("d.h5ad")
+    torch.save({gene: torch.eye(3)[i] for i, gene in enumerate(GENES)}, "t.pt")
+    hgnc = (create_esm_pert_features.HGNC_COLUMNS, ("HGNC:30815", "NEAT1", "non-coding RNA"))
+    Path("hgnc.txt").write_text("\n".join("\t".join((*row, *[""] * 4)[:7]) for row in hgnc))
+    held_out = '"MYC"' if labels else '"STAT11"'
+    Path("c.toml").write_text(
+        f'[datasets]\nd = "d.h5ad"\n[training]\nd = "train"\n[fewshot."d.a"]\nval = [{held_out}]\n'
+    )
+    sources = ("--esm-embeddings", "t.pt", *options, "--dry-run")
+    commands = {
+        "see all with --report FILE.tsv --dry-run, ": lambda: create_esm_pert_features.main(
+            ["--from-toml", "c.toml", *sources, "--output", "o.pt"]
+        ),
+        "": lambda: train_with_esm_features.main(["--config", "c.toml", *sources]),
+    }
+    for report, command in commands.items():
+        code = command()
+        said = capsys.readouterr().err.splitlines()
+        if "--missing" in options:
+            assert (code, said.count(f"warning: {message}")) == (0, 1)
+            continue
+        ask = f"{ASK}rename with --alias OLD=NEW, {report}or accept with --missing mean"
+        assert (code, said[-1]) == (1, f"error: {message}{ask}")
+
+
+def attributes_read(module: Any, names: list[str]) -> set[str]:
+    """Attributes of `args` that these functions of a module read, or those they hand `args` to."""
+    functions = {
+        node.name: node
+        for node in ast.walk(ast.parse(inspect.getsource(module)))
+        if isinstance(node, ast.FunctionDef)
+    }
+    found, todo, done = set(), list(names), set()
+    while todo:
+        name = todo.pop()
+        if name in done or name not in functions:
+            continue
+        done.add(name)
+        for node in ast.walk(functions[name]):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                found |= {node.attr} if node.value.id == "args" else set()
+            given = node.args if isinstance(node, ast.Call) else ()
+            if any(isinstance(a, ast.Name) and a.id == "args" for a in given):
+                todo.append(getattr(node.func, "id", ""))
+    return found
+
+
+def test_every_option_that_a_shared_function_reads_is_one_of_the_training() -> None:
+    shared = ["resolve_labels", "read_vectors", "build_features", "build_manifest", "summary"]
+    read = attributes_read(create_esm_pert_features, shared)
+    assert {"missing", "esm_model", "combine", "precision"} <= read
+    assert read - vars(train_with_esm_features.parse(["--config", "c.toml"])).keys() == set()
 
 
 def test_named_features_need_no_options_and_leave_the_table_alone(train: Any, folder: Path) -> None:
