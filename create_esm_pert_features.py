@@ -1209,6 +1209,29 @@ def read_labels(file: h5py.File, column: str) -> list[str]:
     return list(map(str, categories))
 
 
+def matrix_shape(node: h5py.Group | h5py.Dataset) -> tuple[int, int]:
+    """(cells, columns) of a matrix of an .h5ad file, however it is stored."""
+    if stored_as(node) == "dataframe":
+        return len(read_values(node[node.attrs["_index"]])), len(node.attrs["column-order"])
+    shape = tuple(node.attrs.get("shape", ()) if is_sparse(node) else getattr(node, "shape", ()))
+    if len(shape) != 2:
+        raise InputError(
+            f"{node.file.filename}: {node.name.strip('/')} is no matrix that cell-load can read; "
+            "write the file again with a current anndata"
+        )
+    return int(shape[0]), int(shape[1])
+
+
+def is_matrix(node: Any) -> bool:
+    """A dense or compressed sparse matrix, as opposed to nothing or a data frame in obsm."""
+    return node is not None and (is_sparse(node) or len(getattr(node, "shape", None) or ()) == 2)
+
+
+def is_sparse(node: h5py.Group | h5py.Dataset) -> bool:
+    """A group with indptr (`in` a dataset would search its values)."""
+    return hasattr(node, "keys") and "indptr" in node
+
+
 def gene_names_node(file: h5py.File) -> str | None:
     """Where PerturbationDataset.get_gene_names looks for the names of the genes."""
     names = ("gene_name", "gene_name_index", "_index", "feature")
@@ -4159,6 +4182,10 @@ class TrainedRun:
         The working directory of its training.
     genes
         `fingerprint` of the genes of X that it was trained on; None if it reads an embedding.
+    embed_key, input_width
+        The matrix of obsm that it reads, or None for X; its columns, or None if nothing tells.
+    cell_type
+        The obs column by which `state tx infer` chooses control cells.
     """
 
     folder: Path
@@ -4166,6 +4193,9 @@ class TrainedRun:
     pert_col: str
     started_in: Path
     genes: Mapping[str, Any] | None
+    embed_key: str | None
+    input_width: int | None
+    cell_type: str
 
     def file(self, path: str) -> str:
         """A file that its features were made of: seen from here, or from where it was started."""
@@ -4244,8 +4274,12 @@ def open_run(folder: Path) -> TrainedRun:
     if not control or not column:
         raise InputError(f"{folder} is no run of train_with_esm_features.py: it has no run.json")
     started_in = Path(record["starts"][-1].get("folder", "."))
-    genes = record.get("genes")
-    run = TrainedRun(folder.resolve(), str(control), str(column), started_in, genes)
+    run = TrainedRun(
+        *(folder.resolve(), str(control), str(column), started_in, record.get("genes")),
+        embed_key=settings.get("data.kwargs.embed_key"),
+        input_width=record.get("input_width"),
+        cell_type=str(settings.get("data.kwargs.cell_type_key")),
+    )
     if not run.map_path.is_file():
         raise InputError(f"{folder} has no {run.map_path.name}: its training has not begun")
     return run
@@ -4358,36 +4392,109 @@ def check_same_model(
         )
 
 
-def problems_of_templates(run: TrainedRun, args: argparse.Namespace) -> list[str]:
-    """What `state tx infer` would get wrong on the files of --adata, whatever their labels."""
-    problems = []
+CELL_TYPE_COLUMNS = ("cell_type", "celltype", "cellType", "ctype", "celltype_col")
+"""obs columns in which `state tx infer` looks for the cell type after the run's own."""
+
+
+def check_templates(run: TrainedRun, args: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """(problems, warnings): what `state tx infer` would do wrong, or otherwise than one may think,
+    on the files of --adata, whatever their labels (state/_cli/_tx/_infer.py of State 0.11.1)."""
+    problems: list[str] = []
+    warnings: list[str] = []
     column = label_column(args.adata, args.pert_col) if args.adata else ""
     for path in args.adata:
         with open_h5ad(path) as file:
-            unlabelled = int((read_codes(file, column) < 0).sum())
-            genes, problem = None, ""
-            try:
-                genes = fingerprint(gene_names(file))
-            except InputError as error:
-                problem = str(error)
-        if unlabelled:
-            problems.append(
-                f"{path}: {count(unlabelled, 'cell')} without a label in {column!r}: state tx "
-                "infer would predict them as control. Remove them, or label them"
-            )
-        if run.genes is None or genes == run.genes:
-            continue
-        if genes:
-            number, trained = genes["number"], run.genes["number"]
-            which = f"{number:,} genes, not the {trained:,} genes of the run"
-            if number == trained:
-                which = "other genes than the run, or the same in another order"
-            problem = (
-                f"{path} has {which}: state tx infer takes its columns for the run's genes. Write "
-                "it again with the genes of the training data, in their order"
-            )
-        problems.append(problem)
-    return problems
+            labels, codes = read_labels(file, column), read_codes(file, column)
+            unlabelled = int((codes < 0).sum())
+            if unlabelled:
+                problems.append(
+                    f"{path}: {count(unlabelled, 'cell')} without a label in {column!r}: state tx "
+                    "infer would predict them as control. Remove them, or label them"
+                )
+            problem = wrong_input(run, file) if run.embed_key else wrong_genes(run, file)
+            problems += [problem] if problem else []
+            controls = codes == (labels.index(run.control) if run.control in labels else -2)
+            if not controls.any():
+                problems.append(
+                    f"{path} has no cell of the control {run.control!r} in {column!r}: state tx "
+                    "infer predicts from control cells, and would leave all cells as they are. "
+                    "Add control cells"
+                )
+                continue
+            warnings += [f"{path}: {text}" for text in shared_controls(run, file, controls)]
+    return problems, warnings
+
+
+def wrong_genes(run: TrainedRun, file: h5py.File) -> str | None:
+    """What is wrong with X for a run that was trained on X."""
+    if not is_matrix(file.get("X")):
+        return f"{file.filename} has no X, on which the run was trained. Add it"
+    if run.genes is None:
+        return None
+    try:
+        genes = fingerprint(gene_names(file))
+    except InputError as error:
+        return str(error)
+    if genes == run.genes:
+        return None
+    number, trained = genes["number"], run.genes["number"]
+    which = f"{number:,} genes, not the {trained:,} genes of the run"
+    if number == trained:
+        which = "other genes than the run, or the same in another order"
+    return (
+        f"{file.filename} has {which}: state tx infer takes its columns for the run's genes. Write "
+        "it again with the genes of the training data, in their order"
+    )
+
+
+def wrong_input(run: TrainedRun, file: h5py.File) -> str | None:
+    """What is wrong with the embedding for a run that was trained on one."""
+    name = f"obsm/{run.embed_key}"
+    node = file.get(name)
+    if node is None:
+        there = some(sorted(file.get("obsm", ()))) or "none"
+        return (
+            f"{file.filename} has no {name}, on which the run was trained (obsm: {there}). Compute "
+            "it as there"
+        )
+    place = f"adata.obsm[{run.embed_key!r}]"
+    if is_sparse(node):
+        return (
+            f"{file.filename} has {name} stored as {stored_as(node)}, which state tx infer cannot "
+            f"take. Write it again after {rewriting(f'{place} = {place}.toarray()')}"
+        )
+    width = matrix_shape(node)[1]
+    if run.input_width not in (None, width):
+        return (
+            f"{file.filename} has {count(width, 'column')} in {name}, and the run was trained on "
+            f"{run.input_width:,}. Compute it as there"
+        )
+    return None
+
+
+def shared_controls(run: TrainedRun, file: h5py.File, controls: np.ndarray) -> list[str]:
+    """Which cells `state tx infer` would predict from control cells of other cell types.
+
+    Parameters
+    ----------
+    controls
+        bool (cells,): control cells.
+    """
+    columns = obs_columns(file)
+    column = next((c for c in (run.cell_type, *CELL_TYPE_COLUMNS) if c in columns), None)
+    if column is None:
+        return [
+            f"no obs column {run.cell_type!r}: state tx infer draws control cells of any cell type"
+        ]
+    names, codes = open_column(file, column)
+    types = codes[:]
+    bare = sorted({int(t) for t in types} - {int(t) for t in types[controls]} - {-1})
+    if not bare:
+        return []
+    return [
+        f"no control cell in {some(str(names[t]) for t in bare)}: state tx infer draws them from "
+        "all other cell types"
+    ]
 
 
 def check_template(run: TrainedRun, labels: Labels, args: argparse.Namespace) -> int:
@@ -4403,7 +4510,7 @@ def check_template(run: TrainedRun, labels: Labels, args: argparse.Namespace) ->
     wanted = [x for x in labels.names if x != run.control]
     unknown = [x for x in wanted if x not in known and labels.needed_in(x)]
     total = count(len(wanted), "label")
-    problems = problems_of_templates(run, args)
+    problems, doubts = check_templates(run, args)
     if unknown:
         try:
             run.manifest()
@@ -4422,7 +4529,7 @@ def check_template(run: TrainedRun, labels: Labels, args: argparse.Namespace) ->
     if problems:
         raise one_error(problems)
     log.info("%s, none of which would be predicted as control by %s", total, args.into_run)
-    for text in filled:
+    for text in [*filled, *doubts]:
         warn(text)
     return 0
 
@@ -4490,7 +4597,7 @@ def add_to_run(args: argparse.Namespace) -> int:
         log.info("%s", summary(resolved.resolutions, labels, resolved.resolver, args, found))
     with run_lock(run.folder, "adding labels to", WAIT_SECONDS):
         added = write_into_run(run, found, resolved, args)
-    for text in problems_of_templates(run, args):
+    for text in itertools.chain(*check_templates(run, args)):
         warn(text)
     for text in itertools.chain(*filled_in(run, wanted, known, args)):
         warn(text)

@@ -108,11 +108,14 @@ from create_esm_pert_features import (
     gene_names,
     gene_names_node,
     have,
+    is_matrix,
+    is_sparse,
     leave_out,
     load_experiment,
     lock_path,
     log,
     manifest_path,
+    matrix_shape,
     names_of_no_file,
     now,
     obs_columns,
@@ -1424,29 +1427,6 @@ def check_consecutive(data: Data, stock: Mapping[str, Any], found: Findings) -> 
             f"fewer: {some(short)}; stock would return short sets or crash. {instead}; or choose a "
             "smaller model.kwargs.cell_set_len"
         )
-
-
-def matrix_shape(node: h5py.Group | h5py.Dataset) -> tuple[int, int]:
-    """(cells, columns) of a matrix of an .h5ad file, however it is stored."""
-    if stored_as(node) == "dataframe":
-        return len(read_values(node[node.attrs["_index"]])), len(node.attrs["column-order"])
-    shape = tuple(node.attrs.get("shape", ()) if is_sparse(node) else getattr(node, "shape", ()))
-    if len(shape) != 2:
-        raise InputError(
-            f"{node.file.filename}: {node.name.strip('/')} is no matrix that cell-load can read; "
-            "write the file again with a current anndata"
-        )
-    return int(shape[0]), int(shape[1])
-
-
-def is_matrix(node: Any) -> bool:
-    """A dense or compressed sparse matrix, as opposed to nothing or a data frame in obsm."""
-    return node is not None and (is_sparse(node) or len(getattr(node, "shape", None) or ()) == 2)
-
-
-def is_sparse(node: h5py.Group | h5py.Dataset) -> bool:
-    """A group with indptr (`in` a dataset would search its values)."""
-    return hasattr(node, "keys") and "indptr" in node
 
 
 def plan_fast_loading(
@@ -3169,6 +3149,8 @@ def infer_command(plan: Plan) -> str:
     words = ["state", "tx", "infer", "--model-dir", plan.run_dir]
     words += ["--checkpoint", plan.run_dir / "checkpoints" / "final.ckpt"]
     words += ["--pert-col", plan.data.columns.pert, "--adata", "TEMPLATE.h5ad"]
+    embed_key = plan.stock["data"]["kwargs"]["embed_key"]
+    words += ["--embed-key", embed_key] if embed_key else []
     return shlex.join(map(str, [*words, "--output", "prediction.h5ad"]))
 
 
@@ -3356,6 +3338,7 @@ def start(
         "genes": None
         if plan.stock["data"]["kwargs"]["embed_key"]
         else fingerprint(plan.data.files[0].genes),
+        "input_width": plan.data.files[0].width,
         "hardware": hardware(),
         "git": {
             "working_directory": git_state(Path.cwd()),

@@ -16,10 +16,11 @@ from typing import Any
 import anndata
 import numpy as np
 import pytest
+import scipy.sparse
 import torch
 from conftest import ROOT, SMALL, Result, run_script
 from demo_data import simulate, template, vectors
-from h5ad_forms import nullable, nullable_categories, old_categorical, plain_text
+from h5ad_forms import SETTING, nullable, nullable_categories, old_categorical, plain_text
 from random_esm2 import write_checkpoint
 from test_train_run import FAST, FILES, TINY, make_screen, run_json, stock_command
 
@@ -115,6 +116,108 @@ def test_dry_run_is_content_when_every_label_has_a_vector(add: Any, run: Path) -
     assert add("--adata", "template.h5ad", "--dry-run") == Result(
         0, "", f"2 labels, none of which would be predicted as control by {run}\n"
     )
+
+
+def without_controls(data: anndata.AnnData) -> anndata.AnnData:
+    return data[data.obs["target_gene"] != "non-targeting"].copy()
+
+
+def without_cell_type(data: anndata.AnnData) -> anndata.AnnData:
+    del data.obs["cell_type"]
+    return data
+
+
+def controls_of_one_type(data: anndata.AnnData) -> anndata.AnnData:
+    keep = (data.obs["target_gene"] != "non-targeting") | (data.obs["cell_type"] == "simA")
+    return data[keep].copy()
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "message"),
+    [
+        (
+            without_controls,
+            1,
+            "error: {} has no cell of the control 'non-targeting' in 'target_gene': state tx infer "
+            "predicts from control cells, and would leave all cells as they are. Add control cells",
+        ),
+        (
+            without_cell_type,
+            0,
+            "warning: {}: no obs column 'cell_type': state tx infer draws control cells of any "
+            "cell type",
+        ),
+        (
+            controls_of_one_type,
+            0,
+            "warning: {}: no control cell in simB: state tx infer draws them from all other cell "
+            "types",
+        ),
+    ],
+)
+def test_template_without_the_controls_that_infer_predicts_from_is_named(
+    add: Any, tmp_path: Path, change: Any, code: int, message: str
+) -> None:
+    wanted = tmp_path / "t.h5ad"
+    change(anndata.read_h5ad("template.h5ad")).write_h5ad(wanted)
+    done = add("--adata", wanted, "--dry-run")
+    assert (done.code, done.err.splitlines()[-1]) == (code, message.format(wanted))
+
+
+def test_run_on_an_embedding_is_predicted_by_the_command_that_it_prints(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    screen = anndata.read_h5ad(folder / "sim.h5ad")
+    rng = np.random.default_rng(0)
+    screen.obsm["X_emb"] = rng.normal(size=(screen.n_obs, 6)).astype(np.float32)
+    (tmp_path / "features.pt").write_bytes((folder / "features.pt").read_bytes())
+    for name, text in (("sim.h5ad", None), ("config.toml", (folder / "config.toml").read_text())):
+        screen.write_h5ad(tmp_path / name) if text is None else (tmp_path / name).write_text(text)
+    flags = ("--embed-key", "X_emb", "--max-steps", 2, "--name", "run")
+    space = "data.kwargs.output_space=all"
+    done = run_script("train_with_esm_features", *FILES, *FAST, *flags, *TINY, space, cwd=tmp_path)
+    assert done.code == 0, done.err
+    command = shlex.split(done.err.splitlines()[-1].removeprefix("predict"))
+    assert command[-4:] == ["--embed-key", "X_emb", "--output", "prediction.h5ad"]
+    into = tmp_path / "runs" / "run"
+
+    def check(template: anndata.AnnData) -> Result:
+        template.write_h5ad(tmp_path / "TEMPLATE.h5ad")
+        words = ["--adata", str(tmp_path / "TEMPLATE.h5ad"), "--into-run", str(into), "--dry-run"]
+        code = script.main(words)
+        return Result(code, *capsys.readouterr())
+
+    wanted = screen[screen.obs["target_gene"].isin(["non-targeting", "SIM004"])].copy()
+    path = tmp_path / "TEMPLATE.h5ad"
+    plain = wanted.obsm["X_emb"]
+    line = "adata.obsm['X_emb'] = adata.obsm['X_emb'].toarray()"
+    for value, problem in (
+        (None, "has no obsm/X_emb, on which the run was trained (obsm: none). Compute it as there"),
+        (
+            plain[:, :5],
+            "has 5 columns in obsm/X_emb, and the run was trained on 6. Compute it as there",
+        ),
+        (
+            scipy.sparse.csr_matrix(plain),
+            "has obsm/X_emb stored as csr_matrix, which state tx infer cannot take. Write it again "
+            f"after {SETTING}{line}",
+        ),
+    ):
+        del wanted.obsm["X_emb"]
+        if value is not None:
+            wanted.obsm["X_emb"] = value
+        refused(check(wanted), f"{path} {problem}")
+        wanted.obsm["X_emb"] = plain
+    assert check(wanted).code == 0
+    predicted = subprocess.run(
+        [Path(sys.executable).with_name("state"), *command[1:]],
+        **{"cwd": tmp_path, "capture_output": True, "text": True},
+    )
+    assert predicted.returncode == 0, predicted.stderr
+    cells = anndata.read_h5ad(tmp_path / "prediction.h5ad")
+    assert cells.shape == wanted.shape
+    assert not np.array_equal(cells.obsm["X_emb"], plain)
+    assert np.isfinite(cells.X).all() and not np.array_equal(cells.X, wanted.X.toarray())
 
 
 @pytest.mark.parametrize("store", [nullable, plain_text, nullable_categories, old_categorical])
