@@ -490,6 +490,12 @@ def test_a_template_in_the_folder_of_a_dataset_is_named_with_a_path_without_it(
     ]
     assert said(rest) == []
     assert labels_in(tmp_path / "o.pt") == ["A", CONTROL]
+    # whatever the column is called, the one that most have counts
+    for name in ("one.h5", "three.h5"):
+        write_screen(tmp_path / "data" / name, ["A"], target_gene="condition")
+    write_screen(tmp_path / "data/template.h5ad", ["B"])
+    [error] = said("data")
+    assert error.startswith("data/template.h5ad has no obs column condition, which data/one.h5, ")
 
 
 def test_the_file_that_missing_labels_come_from_is_named(
@@ -675,6 +681,15 @@ def test_controls_with_numbers_are_told_to_take_the_label_of_the_control(
     exec(said[0], {"adata": adata})
     adata.write_h5ad(tmp_path / "s.h5ad")
     assert create(*arguments) == Result(0, "o.pt\n", "")
+
+
+def test_no_line_is_offered_that_would_rename_a_gene_too(tmp_path: Path, create: Create) -> None:
+    write_screen(tmp_path / "s.h5ad", ["NTC_1", "NTC_2"])
+    write_table(tmp_path / "table.pt", ["NTC_2"])
+    config = toml(tmp_path / "c.toml", "s.h5ad")
+    done = create("--from-toml", config, *TABLE, "--output", "o.pt", "--quiet")
+    assert (done.code, done.out) == (1, "")
+    assert done.err.endswith(" NTC_1: a control. Give its cells the label non-targeting\n")
 
 
 def test_many_controls_and_no_control_are_told_to_take_one_label(

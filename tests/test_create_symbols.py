@@ -628,6 +628,8 @@ def test_a_separator_is_offered_for_keys_only(lookup: Callable[..., Result]) -> 
     done = lookup((*TODAY, "PRB3", "A2M"), labels, "--quiet")
     assert "--separator" not in done.err
     assert "2 of them resolve with --label-regex" in done.err and "(STAT1_2 is STAT1)" in done.err
+    done = lookup((*TODAY, "A2M"), ("STAT1|2", "AARS1|2"), "--quiet")
+    assert "2 of them resolve with --label-regex '(?P<gene>[^|]+)[|].+' (STAT1|2 is" in done.err
 
 
 @pytest.mark.parametrize(
