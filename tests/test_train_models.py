@@ -30,6 +30,9 @@ Run = Callable[..., Result]
 LLAMA = ("pseudobulk", "state", "state_lg", "state_sm", "tahoe_best", "tahoe_llama_212693232")
 LLAMA += ("tahoe_llama_62089464",)
 MEANS = ("celltypemean", "context_mean", "globalsimplesum", "perturb_mean")
+ONE_STEP = ("context_mean", "perturb_mean")
+"""run_tx_train trains these for one step, but not the same models under their older names."""
+
 GPT2 = ("old_neuralot", "pertsets")
 CELL_TYPE_MAP = ("cpa", "scgpt-chemical", "scgpt-genetic", "scvi")
 MODELS = sorted((*LLAMA, *MEANS, *GPT2, *CELL_TYPE_MAP, "decoder_only", "embedsum"))
@@ -237,7 +240,7 @@ def test_what_the_dry_run_passes_trains_and_nothing_else_does(
             arguments = ["--model", model, *options_of(key, space), *small(model)]
             problems = expected_problems(model, file, key, space)
             if not problems:
-                steps = 1 if model in MEANS else 2
+                steps = 1 if model in ONE_STEP else 2
                 name = f"{file}-{key}-{space}"
                 trains(*arguments, steps=steps, config=f"{file}.toml", name=name)
                 (tmp_path / "runs").rename(tmp_path / f"runs-{name}")
@@ -277,11 +280,7 @@ def test_model_that_could_not_be_trained_is_refused_with_the_reason(
     ("model", "file", "key", "space", "override"),
     [
         ("embedsum", "sim", None, "all", f"+model.cell_set_len={SET}"),
-        ("perturb_mean", "sim", "X_emb", "embedding", None),
-        ("decoder_only", "plain", "X_emb", "all", None),
         ("state_sm", "plain", "X_emb", "all", None),
-        ("state_sm", "plain", "X_emb", "embedding", None),
-        ("pseudobulk", "sim", "X_hvg", "all", None),
     ],
 )
 def test_what_a_refusal_offers_trains(
@@ -289,7 +288,7 @@ def test_what_a_refusal_offers_trains(
 ) -> None:
     arguments = ["--model", model, *options_of(key, space), *small(model)]
     arguments += [override] if override else []
-    trains(*arguments, steps=1 if model in MEANS else 2, config=f"{file}.toml")
+    trains(*arguments, steps=1 if model in ONE_STEP else 2, config=f"{file}.toml")
 
 
 # --- settings that State's code refuses ---------------------------------------------------------
@@ -349,14 +348,18 @@ def test_backbone_of_another_width_than_the_model_is_refused(run: Run) -> None:
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["model.kwargs.lora.enable=true"],
-        ["model.kwargs.batch_encoder=true"],
-        ["+model.kwargs.use_batch_token=true", "data.kwargs.basal_mapping_strategy=batch"],
-        ["+model.kwargs.confidence_token=true", "model.kwargs.mask_attn=true"],
+        ["model.kwargs.lora.enable=true", "data.kwargs.embed_key=null"],
         ["model.kwargs.loss=sinkhorn", f"{BACKBONE_KWARGS}.bidirectional_attention=false"],
-        ["model.kwargs.freeze_pert_backbone=true", "training.use_mfu=true"],
-        [f"+model.cell_set_len={2 * SET}"],
-        ["data.kwargs.embed_key=null"],
+        *(
+            pytest.param(overrides, marks=pytest.mark.slow)
+            for overrides in (
+                ["model.kwargs.batch_encoder=true"],
+                ["+model.kwargs.use_batch_token=true", "data.kwargs.basal_mapping_strategy=batch"],
+                ["+model.kwargs.confidence_token=true", "model.kwargs.mask_attn=true"],
+                ["model.kwargs.freeze_pert_backbone=true", "training.use_mfu=true"],
+                [f"+model.cell_set_len={2 * SET}"],
+            )
+        ),
     ],
 )
 def test_setting_that_states_code_takes_is_accepted_and_trains(
@@ -400,6 +403,7 @@ def test_override_that_states_training_refuses_is_named(
     refused(message.format(folder=folder), args=overrides)
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_the_checkpoint_of_another(trains: Any, tmp_path: Path) -> None:
     trains(*small("state_sm"), name="first")
     first = tmp_path / "runs" / "first" / "checkpoints" / "final.ckpt"
@@ -545,13 +549,17 @@ def test_matrix_that_cell_load_would_miss_is_named_for_every_file(
 @pytest.mark.parametrize(
     ("files", "args"),
     [
-        ({"a": hvgs_by_row}, EMB_GENE),
         ({"a": without_hvgs, "b": fewer_hvgs, "c": whole}, ["--output-space", "gene"]),
         ({"a": without_hvgs, "b": fewer_hvgs, "c": hvgs_by_column}, EMB_ALL),
-        ({"a": without_x}, EMB_GENE),
-        ({"a": x_by_column}, ["--embed-key", "X_emb", "--output-space", "embedding"]),
-        ({"a": whole}, ["--embed-key", "X_hvg", "--output-space", "all", RAW]),
-        ({"a": without_hvgs}, [RAW, "--output-space", "all"]),
+        ({"a": without_x, "b": hvgs_by_row}, EMB_GENE),
+        *(
+            pytest.param({"a": change}, [*args, "--output-space", space], marks=pytest.mark.slow)
+            for change, args, space in (
+                (x_by_column, ["--embed-key", "X_emb"], "embedding"),
+                (whole, ["--embed-key", "X_hvg", RAW], "all"),
+                (without_hvgs, [RAW], "all"),
+            )
+        ),
     ],
 )
 def test_matrix_that_cell_load_does_not_read_may_be_missing(
@@ -592,14 +600,19 @@ def size_is_right(run_dir: Path, final: dict[str, Any]) -> bool:
     [
         ("state", None, "all"),
         ("state", None, "gene"),
-        ("state", None, "embedding"),
-        ("state", "X_emb", "gene"),
-        ("state", "X_emb", "all"),
         ("state", "X_emb", "embedding"),
-        ("state_sm", "X_hvg", "gene"),
+        ("state", "X_emb", "all"),
         ("pseudobulk", None, "all"),
-        ("pseudobulk", "X_emb", "all"),
-        ("perturb_mean", None, "all"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("state", None, "embedding"),
+                ("state", "X_emb", "gene"),
+                ("state_sm", "X_hvg", "gene"),
+                ("pseudobulk", "X_emb", "all"),
+                ("perturb_mean", None, "all"),
+            )
+        ),
     ],
 )
 def test_size_of_a_checkpoint_is_that_of_the_file(
@@ -607,7 +620,7 @@ def test_size_of_a_checkpoint_is_that_of_the_file(
 ) -> None:
     large_decoder = ["++model.kwargs.decoder_hidden_dims=[512,512]"]
     arguments = ["--model", model, *options_of(key, space), *small(model), *large_decoder]
-    final = trains(*arguments, steps=1 if model in MEANS else 2)
+    final = trains(*arguments, steps=1 if model in ONE_STEP else 2)
     assert size_is_right(tmp_path / "runs" / "run", final)
 
 

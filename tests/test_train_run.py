@@ -217,8 +217,8 @@ def test_seam_is_restored_when_training_fails(
     import state.tx.utils
 
     original = state.tx.utils.get_checkpoint_callbacks
-    with pytest.raises(ValueError, match="Unknown loss function: no such loss"):
-        train("--max-steps", 1, "model.kwargs.loss='no such loss'")
+    with pytest.raises(ValueError, match="val_subsample_fraction must be in"):
+        train("--max-steps", 1, "data.kwargs.val_subsample_fraction=2")
     assert state.tx.utils.get_checkpoint_callbacks is original
     assert run_json(tmp_path / "runs/run")["status"] == "failed"
 
@@ -535,8 +535,8 @@ def test_overwrite_keeps_the_old_run_until_the_new_one_has_finished(
     run_dir, old = tmp_path / "runs/run", tmp_path / "runs/run.old"
     assert train("--max-steps", 2).code == 0
     first = (run_dir / "checkpoints/final.ckpt").read_bytes()
-    bad = "model.kwargs.loss='no such loss'"
-    with pytest.raises(ValueError, match="Unknown loss function: no such loss"):
+    bad = "data.kwargs.val_subsample_fraction=2"
+    with pytest.raises(ValueError, match="val_subsample_fraction must be in"):
         train("--max-steps", 1, "--overwrite", bad)
     assert (old / "checkpoints/final.ckpt").read_bytes() == first
     done = train("--max-steps", 1, "--overwrite")
