@@ -183,8 +183,14 @@ def test_missing_labels_are_refused_as_script_1_does_and_nothing_is_written(
 
 GENES = ("STAT1", "MYC", "WWTR1")
 ASK = "Add a table that has them with --esm-embeddings, or their proteins with --fasta, "
-BOTH = "if this is the control, --control-pert"
-ONE = "only one label can be, so give its cells that one."
+OBS = "adata.obs['target_gene']"
+GIVE = "a control. Give its cells the label non-targeting: "
+
+
+def relabelled(pattern: str) -> str:
+    """The line of pandas that makes the control of what a pattern finds."""
+    replaced = f".str.replace(r'{pattern}', 'non-targeting', regex=True).astype('category')"
+    return f"{OBS} = {OBS}{replaced}"
 
 
 @pytest.mark.parametrize(
@@ -195,9 +201,9 @@ ONE = "only one label can be, so give its cells that one."
             ("NONE1", "TAZ", "NTC", "nan"),
             (),
             "4 of 7 labels have no embedding (NONE1, NTC, TAZ, nan): 1 ambiguous, 1 named like a "
-            f"control, 1 no value, 1 not found. NTC: {BOTH} NTC; {ONE} 'TAZ' is ambiguous: "
-            "TAFAZZIN (previous symbol, not here) or WWTR1 (alias symbol). Choose: "
-            "--alias TAZ=WWTR1. ",
+            f"control, 1 no value, 1 not found. NTC: {GIVE}{relabelled('^NTC$')}. 'TAZ' is "
+            "ambiguous: TAFAZZIN (previous symbol, not here) or WWTR1 (alias symbol). Choose: "
+            "--alias TAZ=WWTR1. For NONE1, TAZ, nan: ",
         ),
         (
             ("TAZ",),
@@ -209,13 +215,14 @@ ONE = "only one label can be, so give its cells that one."
             ("NTC",),
             (),
             "1 of 4 labels has no embedding (NTC): 'NTC' is the name of a control, not of a gene. "
-            f"NTC: {BOTH} NTC; {ONE} ",
+            f"NTC: {GIVE}{relabelled('^NTC$')}",
         ),
         (
             ("STAT1+ctrl",),
             (),
             "1 of 4 labels has no embedding (STAT1+ctrl): 'ctrl' is the name of a control, not of "
-            f"a gene. ctrl: {BOTH} ctrl; {ONE} ",
+            "a gene. STAT1+ctrl: a control beside a gene. Write non-targeting for it: "
+            + relabelled("ctrl"),
         ),
         (
             ("nan",),
@@ -253,10 +260,10 @@ ONE = "only one label can be, so give its cells that one."
             "control",
         ),
         (
-            (),  # a typo in [fewshot]
+            (),  # STAT11 in [fewshot]
             (),
-            "1 of 4 labels has no embedding (STAT11): 'STAT11' is in no table. STAT11: only in "
-            "[fewshot], probably a typo. ",
+            "[fewshot] names 1 label that no file has (STAT11 (did you mean STAT1?)): cell-load "
+            "holds nothing out for it. Remove it",
         ),
     ],
 )
@@ -294,10 +301,11 @@ def test_missing_labels_have_one_message_in_both_scripts(
     for report, command in commands.items():
         code = command()
         said = capsys.readouterr().err.splitlines()
-        if "--missing" in options:
+        if "--missing" in options or not labels:
             assert (code, said.count(f"warning: {message}")) == (0, 1)
             continue
         ask = f"{ASK}rename with --alias OLD=NEW, {report}or accept with --missing mean"
+        ask = "" if message.endswith("astype('category')") else ask  # they are no genes
         assert (code, said[-1]) == (1, f"error: {message}{ask}")
 
 
