@@ -1185,13 +1185,8 @@ def open_column(file: h5py.File, column: str) -> tuple[np.ndarray, h5py.Dataset 
     return np.asarray(values.categories), values.codes
 
 
-def read_codes(file: h5py.File, column: str) -> np.ndarray:
-    """int64 (cells,): of each cell the index of its label in an obs column, -1 for none."""
-    return open_column(file, column)[1][:].astype("int64")
-
-
-def read_labels(file: h5py.File, column: str) -> list[str]:
-    """Labels of an obs column; of a categorical one no cell is read.
+def open_labels(file: h5py.File, column: str) -> tuple[list[str], h5py.Dataset | np.ndarray]:
+    """`open_column` of a column of text: of a categorical one no cell is read yet.
 
     Unused categories are labels too: cell-load takes them all for perturbations.
 
@@ -1200,13 +1195,13 @@ def read_labels(file: h5py.File, column: str) -> list[str]:
     InputError
         The labels are not text.
     """
-    categories, _ = open_column(file, column)
+    categories, codes = open_column(file, column)
     if categories.dtype.kind not in "OSUT":
         raise InputError(
             f"{file.filename}: obs column {column!r} holds {categories.dtype} labels, not text; "
             f"write the file again after {rewriting(line_to_rewrite(f'obs/{column}', 'array'))}"
         )
-    return list(map(str, categories))
+    return list(map(str, categories)), codes
 
 
 def matrix_shape(node: h5py.Group | h5py.Dataset) -> tuple[int, int]:
@@ -1252,9 +1247,9 @@ def unused_categories(labels: Sequence[str], codes: Iterable[np.ndarray]) -> set
 def labels_in_no_cell(path: Path, column: str) -> set[str]:
     """`unused_categories` of an obs column of a file."""
     with open_h5ad(path) as file:
-        codes = open_column(file, column)[1]
+        labels, codes = open_labels(file, column)
         blocks = (codes[i : i + 10_000_000] for i in range(0, len(codes), 10_000_000))
-        return unused_categories(read_labels(file, column), blocks)
+        return unused_categories(labels, blocks)
 
 
 def gene_names(file: h5py.File) -> list[str]:
@@ -1365,7 +1360,7 @@ def labels_of_files(
     labels, unreadable = {}, {}
     for path in paths:
         with open_h5ad(path) as file:
-            labels[path] = read_labels(file, column)
+            labels[path], _ = open_labels(file, column)
             unreadable[path] = find_unreadable(file, {f"obs/{column}": "labels"})
         if control is not None:
             require_control(control, labels[path], path, column, advice)
@@ -4404,7 +4399,8 @@ def check_templates(run: TrainedRun, args: argparse.Namespace) -> tuple[list[str
     column = label_column(args.adata, args.pert_col) if args.adata else ""
     for path in args.adata:
         with open_h5ad(path) as file:
-            labels, codes = read_labels(file, column), read_codes(file, column)
+            labels, unread_codes = open_labels(file, column)
+            codes = unread_codes[:]
             unlabelled = int((codes < 0).sum())
             if unlabelled:
                 problems.append(

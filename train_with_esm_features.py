@@ -123,10 +123,9 @@ from create_esm_pert_features import (
     one_error,
     open_column,
     open_h5ad,
+    open_labels,
     options_of_toml,
-    read_codes,
     read_json,
-    read_labels,
     read_manifest,
     read_torch,
     read_values,
@@ -446,9 +445,10 @@ def inspect_file(
     import numpy as np
 
     with found.collect(), open_h5ad(path) as file:
-        labels, label_codes = read_labels(file, columns.pert), read_codes(file, columns.pert)
-        cell_types = read_labels(file, columns.cell_type)
-        type_codes = read_codes(file, columns.cell_type)
+        labels, codes = open_labels(file, columns.pert)
+        label_codes = codes[:].astype(np.int64)
+        cell_types, codes = open_labels(file, columns.cell_type)
+        type_codes = codes[:].astype(np.int64)
         with found.collect():
             require_control(columns.control, labels, path, columns.pert)
         unlabelled = int((label_codes < 0).sum())
@@ -1615,7 +1615,7 @@ def cell_order(file: h5py.File, columns: Columns) -> np.ndarray:
     """
     import numpy as np
 
-    types, labels = (read_codes(file, c) for c in (columns.cell_type, columns.pert))
+    types, labels = (open_column(file, c)[1][:] for c in (columns.cell_type, columns.pert))
     return np.lexsort((np.random.default_rng(ORDER_SEED).random(len(labels)), labels, types))
 
 
