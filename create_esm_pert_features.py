@@ -756,7 +756,7 @@ def find_data_files(
         if hidden:
             warn(
                 f"dataset {name!r}: cell-load keeps one file per name and does not read "
-                f"{some(map(str, hidden))}; rename {'it' if len(hidden) == 1 else 'them'}"
+                f"{some(map(str, hidden))}; rename {them(len(hidden))}"
             )
         if not files[name]:
             problems.append(_no_file_message(name, path, toml_path))
@@ -1128,7 +1128,7 @@ def storage_problems(
         forms = {n.stored: some(m.node for m in nodes if m.stored == n.stored) for n in nodes}
         what = "; ".join(f"{names} (stored as {stored})" for stored, names in forms.items())
         lines = rewriting(*(n.line for n in nodes))
-        again = f"Write {'it' if len(files) == 1 else 'them'} again with a current anndata"
+        again = f"Write {them(len(files))} again with a current anndata"
         problems.append(
             f"{some(files)}: cell-load cannot read {what}. "
             + (f"{again}, after {lines}" if lines else again)

@@ -734,7 +734,7 @@ def check_splits(
         ]
         found.warnings.append(
             f"[fewshot] holds {some(trained)} out, but training sees "
-            f"{'it' if len(trained) == 1 else 'them'} in {some(dict.fromkeys(where))}: not unseen. "
+            f"{them(len(trained))} in {some(dict.fromkeys(where))}: not unseen. "
             "For genes that no training cell has, hold them out there too"
         )
     pairs = [x for x in splits["train"] if "+" in x and not held.isdisjoint(x.split("+"))]
