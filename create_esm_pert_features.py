@@ -607,8 +607,10 @@ def expand_braces(pattern: str) -> list[str]:
     ]
 
 
-def dataset_files(path: str) -> list[Path]:
+def dataset_files(path: str, recursive: bool = False) -> list[Path]:
     """Every .h5 and .h5ad file that a path of [datasets] stands for, in cell-load's order.
+
+    With `recursive` what ** of an absolute path would stand for, which cell-load takes for *.
 
     The same rule as `PerturbationDataModule._find_dataset_files` (importing that takes four
     seconds), but for one point: cell-load keys files by their stem, so that of two files of
@@ -624,11 +626,17 @@ def dataset_files(path: str) -> list[Path]:
         if not branch.endswith((".h5", ".h5ad")):
             patterns = [f"{branch.rstrip('/')}/{ext}" for ext in ("*.h5", "*.h5ad")]
         for pattern in patterns:
-            if branch.startswith("/"):
-                files += [Path(f) for f in sorted(glob.glob(pattern))]  # noqa: PTH207
-            else:
-                files += sorted(Path().glob(pattern))
+            files += matching(pattern, branch.startswith("/"), recursive)
     return files
+
+
+def matching(pattern: str, absolute: bool, recursive: bool = False) -> list[Path]:
+    """What a pattern matches, in cell-load's order: it gives absolute patterns to glob.glob, for
+    which ** is * unless `recursive`, and relative ones to Path.glob, for which it is any number of
+    folders. An empty branch of braces is relative, though its pattern begins with /."""
+    if absolute:
+        return [Path(f) for f in sorted(glob.glob(pattern, recursive=recursive))]  # noqa: PTH207
+    return sorted(Path().glob(pattern))
 
 
 def files_cell_load_reads(path: str) -> list[Path]:
@@ -657,8 +665,7 @@ def folders_searched(path: str) -> list[Path]:
     folders: list[Path] = []
     for branch in expand_braces(str(Path(path))):
         if not branch.endswith((".h5", ".h5ad")):
-            absolute = branch.startswith("/")
-            folders += map(Path, glob.glob(branch)) if absolute else Path().glob(branch)  # noqa: PTH207
+            folders += matching(branch, branch.startswith("/"))
     return [f for f in dict.fromkeys(folders) if f.is_dir()]
 
 
@@ -671,18 +678,11 @@ def other_endings(path: str) -> list[Path]:
 
 
 def deeper_files(path: str) -> list[Path]:
-    """Files that a person may mean, and cell-load does not read: in sub-folders, or under **.
-
-    cell-load gives absolute patterns to glob.glob, for which ** is *, and relative ones to
-    Path.glob, for which it is any number of folders.
-    """
+    """Files that a person may mean, and cell-load does not read: in sub-folders, or under **."""
     found: dict[Path, None] = {}
-    for branch in expand_braces(path):
-        if branch.startswith("/") and "**" in branch:
-            whole = branch.endswith((".h5", ".h5ad"))
-            for pattern in [branch] if whole else [f"{branch}/*.h5", f"{branch}/*.h5ad"]:
-                found |= dict.fromkeys(map(Path, sorted(glob.glob(pattern, recursive=True))))  # noqa: PTH207
-    if "**" not in path:
+    if "**" in path:
+        found |= dict.fromkeys(dataset_files(path, recursive=True))
+    else:
         walks = itertools.chain(*(os.walk(folder) for folder in folders_searched(path)))
         for folder, below, names in itertools.islice(walks, MOST_FOLDERS):
             below[:] = sorted(b for b in below if not b.startswith(".") and not b.endswith(".zarr"))
