@@ -522,13 +522,12 @@ LOG1P_MAXIMUM = 15
 
 def input_width(file: h5py.File, kwargs: Mapping[str, Any], found: Findings) -> int:
     """Columns of obsm[embed_key] or X; notes values of X that are not log1p."""
-    embed_key = kwargs["embed_key"]
-    where = f"obsm/{embed_key}" if embed_key else "X"
+    where = input_matrix(kwargs)
     node = file.get(where)
     if node is None or stored_as(node) == "null":
         there = some(sorted(file.get("obsm", ()))) or "none"
         layers = sorted(file.get("layers", ()))
-        if layers and not embed_key:
+        if layers and where == "X":
             raise InputError(
                 f"{file.filename} has no X, but layers: {some(layers)}. Write it again after "
                 + rewriting(f"adata.X = adata.layers[{layers[0]!r}]")
@@ -1150,10 +1149,15 @@ def counts_read(kwargs: Mapping[str, Any]) -> str | None:
     return "X" if space == "all" else "obsm/X_hvg"
 
 
+def input_matrix(kwargs: Mapping[str, Any]) -> str:
+    """What the model is fed: X, or a matrix of obsm."""
+    return f"obsm/{kwargs['embed_key']}" if kwargs["embed_key"] else "X"
+
+
 def matrices_read(kwargs: Mapping[str, Any]) -> list[str]:
     """Matrices whose rows PerturbationDataset reads; of X and obsm/X_hvg always the shape."""
-    embed, space = kwargs["embed_key"], kwargs["output_space"]
-    names = {f"obsm/{embed}" if embed else "X", counts_read(kwargs)}
+    space = kwargs["output_space"]
+    names = {input_matrix(kwargs), counts_read(kwargs)}
     if kwargs.get("store_raw_basal") and space != "embedding":
         names.add("X" if space == "all" else "obsm/X_hvg")
     return sorted(name for name in names if name)
@@ -1164,7 +1168,6 @@ def matrix_problems(files: Sequence[DataFile], kwargs: Mapping[str, Any]) -> lis
 
     That the one which is trained on is in every file, and equally wide, is checked elsewhere.
     """
-    embed = kwargs["embed_key"]
     problems = []
 
     def note(paths: Sequence[Path], what: str, mend: str) -> None:
@@ -1173,10 +1176,10 @@ def matrix_problems(files: Sequence[DataFile], kwargs: Mapping[str, Any]) -> lis
             problems.append((f"{count(len(paths), 'file')} {what} ({names})", mend))
 
     for matrix in matrices_read(kwargs):
+        if matrix == input_matrix(kwargs):
+            continue
         name = "X" if matrix == "X" else f"obsm[{matrix.removeprefix('obsm/')!r}]"
         there = {f.path: f.matrices[matrix] for f in files if matrix in f.matrices}
-        if matrix == (f"obsm/{embed}" if embed else "X"):
-            continue
         why = "which data.kwargs.store_raw_basal=true reads"
         if matrix == counts_read(kwargs):
             why = f"whose genes State would learn with --output-space {kwargs['output_space']}"
