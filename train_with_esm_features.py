@@ -1265,7 +1265,7 @@ def checkpoint_bytes(module: Any, stepped: bool, decodes: bool) -> int:
     return once + 2 * sum(p.nbytes for p in learning)
 
 
-def try_model(stock: Mapping[str, Any], dims: Mapping[str, Any], step: bool = True) -> Trial:
+def try_model(stock: Mapping[str, Any], dims: Mapping[str, Any]) -> Trial:
     """Build the model as run_tx_train does, and let it take a step on one set of cells.
 
     On torch's meta device tensors have shapes but no values: that takes no memory and, once State
@@ -1276,8 +1276,6 @@ def try_model(stock: Mapping[str, Any], dims: Mapping[str, Any], step: bool = Tr
     ----------
     dims
         Of `data_dims`.
-    step
-        Take the step; not where the data lacks what it needs.
     """
     if wants_cell_type_map(stock):
         version = importlib.metadata.version("cell-load")
@@ -1311,13 +1309,12 @@ def try_model(stock: Mapping[str, Any], dims: Mapping[str, Any], step: bool = Tr
                     f"it takes sets of {own} cells, and State's training would give it sets of "
                     f"{cells}; set model.kwargs.cell_set_len, and no other length"
                 )
-            if step:
-                loss = module.training_step(empty_batch(stock, dims, cells), 0)
-                if loss is not None:  # the mean baselines have nothing to minimise
-                    loss.backward()
-                elif model["name"].lower() == "decoder_only":
-                    return Trial("it learns to decode an embedding into genes, and is given none")
-                stepped = True
+            loss = module.training_step(empty_batch(stock, dims, cells), 0)
+            if loss is not None:  # the mean baselines have nothing to minimise
+                loss.backward()
+            elif model["name"].lower() == "decoder_only":
+                return Trial("it learns to decode an embedding into genes, and is given none")
+            stepped = True
         except Exception as error:  # State, transformers and torch raise anything
             text = " ".join(f"{type(error).__name__}: {error}".split())
             if isinstance(error, OSError) or not re.search(r"\bmeta\b|to a .?Trainer", text):
@@ -1348,7 +1345,7 @@ def check_model(
     """Note why State could not train this model (`name` of its configuration) on these files."""
     dims = data_dims(files, pert_width=0)
     lacking = matrix_problems(files, stock["data"]["kwargs"])
-    trial = try_model(stock, dims, step=not lacking)
+    trial = try_model(stock, dims)
     if not lacking and trial.problem is None:
         return
     spaces = " or ".join(other_spaces(stock, files, dims))

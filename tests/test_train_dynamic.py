@@ -389,6 +389,9 @@ def test_proteins_are_computed_after_all_checks_and_the_run_resumes(
         done = train(*words, "--batch-col", "nowhere")
         assert done.code == 1
         assert "obs column 'nowhere'" in done.err
+        done = train(*words, "model.kwargs.loss=nowhere")
+        assert done.code == 1
+        assert done.err.endswith("ends in ValueError: Unknown loss function: nowhere\n")
     assert train(*words).code == 0
     run = folder / "runs" / "run"
     alone = create(folder, *words)

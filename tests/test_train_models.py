@@ -263,6 +263,7 @@ def test_what_the_dry_run_passes_trains_and_nothing_else_does(
         ("context_mean", "sim", "X_hvg", "all"),
         ("decoder_only", "sim", None, "all"),
         ("decoder_only", "sim", "X_emb", "embedding"),
+        ("decoder_only", "sim", "X_hvg", "gene"),
         ("state_sm", "plain", "X_emb", "gene"),
         ("perturb_mean", "plain", "X_emb", "gene"),
         ("pertsets", "plain", "X_emb", "gene"),
@@ -590,6 +591,7 @@ def size_is_right(run_dir: Path, final: dict[str, Any]) -> bool:
     module = torch.load(run_dir / "data_module.torch", weights_only=False)
     assert script.set_length(stock) == module["cell_sentence_len"]
     size = script.try_model(stock, dims).checkpoint
+    assert stock == script.compose(run_json(run_dir)["overrides"])  # State writes into its own
     real = (run_dir / "checkpoints" / "final.ckpt").stat().st_size
     assert size is not None
     return size < real < 1.02 * size + 50_000
