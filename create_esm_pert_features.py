@@ -4160,6 +4160,10 @@ WAIT_SECONDS = 60
 """How long to wait for another process that adds labels to the same run."""
 
 
+INFER_LOADS = ("state", "neuralot", "pertsets")
+"""model.name of the models that `state tx infer` loads: it knows one class of State 0.11.1."""
+
+
 @dataclass(frozen=True)
 class TrainedRun:
     """What a run directory of train_with_esm_features.py knows of its perturbations.
@@ -4181,6 +4185,8 @@ class TrainedRun:
         The matrix of obsm that it reads, or None for X; its columns, or None if nothing tells.
     cell_type
         The obs column by which `state tx infer` chooses control cells.
+    batch
+        The obs column of the batch that its model reads, or None if it reads none.
     """
 
     folder: Path
@@ -4191,6 +4197,7 @@ class TrainedRun:
     embed_key: str | None
     input_width: int | None
     cell_type: str
+    batch: str | None
 
     def file(self, path: str) -> str:
         """A file that its features were made of: seen from here, or from where it was started."""
@@ -4268,12 +4275,20 @@ def open_run(folder: Path) -> TrainedRun:
     control, column = (settings.get(f"data.kwargs.{key}") for key in ("control_pert", "pert_col"))
     if not control or not column:
         raise InputError(f"{folder} is no run of train_with_esm_features.py: it has no run.json")
+    model = str(settings.get("model.name"))
+    if model.lower() not in INFER_LOADS:
+        raise InputError(
+            f"{folder} is a run of the model {model}, which state tx infer cannot load: no labels "
+            "can be added to it. state tx predict predicts the cells that it held out"
+        )
     started_in = Path(record["starts"][-1].get("folder", "."))
+    reads_batch = settings.get("model.kwargs.batch_encoder")
     run = TrainedRun(
         *(folder.resolve(), str(control), str(column), started_in, record.get("genes")),
         embed_key=settings.get("data.kwargs.embed_key"),
         input_width=record.get("input_width"),
         cell_type=str(settings.get("data.kwargs.cell_type_key")),
+        batch=str(settings.get("data.kwargs.batch_col")) if reads_batch else None,
     )
     if not run.map_path.is_file():
         raise InputError(f"{folder} has no {run.map_path.name}: its training has not begun")
@@ -4409,6 +4424,8 @@ def check_templates(run: TrainedRun, args: argparse.Namespace) -> tuple[list[str
                 )
             problem = wrong_input(run, file) if run.embed_key else wrong_genes(run, file)
             problems += [problem] if problem else []
+            lacking, doubts = unknown_batches(run, file)
+            problems, warnings = problems + lacking, warnings + doubts
             controls = codes == (labels.index(run.control) if run.control in labels else -2)
             if not controls.any():
                 problems.append(
@@ -4490,6 +4507,28 @@ def shared_controls(run: TrainedRun, file: h5py.File, controls: np.ndarray) -> l
     return [
         f"no control cell in {some(str(names[t]) for t in bare)}: state tx infer draws them from "
         "all other cell types"
+    ]
+
+
+def unknown_batches(run: TrainedRun, file: h5py.File) -> tuple[list[str], list[str]]:
+    """(problems, warnings) of the batches of a template, for a model that reads them."""
+    if run.batch is None:
+        return [], []
+    if run.batch not in obs_columns(file):
+        return [
+            f"{file.filename} has no obs column {run.batch!r}, the batch that the model reads: "
+            "state tx infer would end in a KeyError. Add it, with batches of the training data"
+        ], []
+    known = run.vectors(run.folder / "batch_onehot_map.torch")
+    names, codes = open_column(file, run.batch)
+    there = [str(names[code]) for code in sorted({*codes[:].tolist()} - {-1})]
+    unknown = [name for name in there if name not in known]
+    if not unknown:
+        return [], []
+    return [], [
+        f"{file.filename}: {count(len(unknown), 'label')} of {run.batch!r} not known to the run "
+        f"({some(unknown)}): state tx infer takes the run's first batch, {next(iter(known))}, for "
+        f"{them(len(unknown))}"
     ]
 
 

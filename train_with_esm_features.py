@@ -78,6 +78,7 @@ from typing import TYPE_CHECKING, Any
 
 from create_esm_pert_features import (
     DEFAULT_CONTROL,
+    INFER_LOADS,
     PERT_COLUMNS,
     PERT_COLUMNS_HELP,
     SECTIONS,
@@ -2468,27 +2469,26 @@ def appended_callbacks(callbacks: Sequence[Any]) -> Iterator[None]:
         stock.get_checkpoint_callbacks = original
 
 
-def plain_numbers(value: Any) -> Any:
-    """NumPy numbers turned into Python's, in nested dicts and lists."""
-    import numpy as np
+def without_numpy(value: Any) -> Any:
+    """NumPy numbers and arrays turned into Python's and torch's, in nested dicts and lists, so that
+    torch.load(weights_only=True) reads what is saved.
 
+    cell-load takes input_dim and others from HDF5 attributes of sparse X as numpy.int64, which go
+    into hyper_parameters, and State's mean baselines keep their means as arrays: then neither
+    resume nor `state tx infer` could load the checkpoint. State makes tensors of both.
+    """
+    import numpy as np
+    import torch
+
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value)
     if isinstance(value, np.generic):
         return value.item()
-    if isinstance(value, dict):
-        return {k: plain_numbers(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(map(plain_numbers, value))
+    if type(value) is dict:  # not a state_dict, which has attributes
+        return {k: without_numpy(v) for k, v in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(without_numpy, value))
     return value
-
-
-def save_without_pickle(checkpoint: dict[str, Any]) -> None:
-    """Make a checkpoint that torch.load(weights_only=True) reads.
-
-    cell-load takes input_dim and others from HDF5 attributes of sparse X as numpy.int64; they go
-    into hyper_parameters, and then neither resume nor `state tx infer` can load the checkpoint.
-    """
-    if "hyper_parameters" in checkpoint:
-        checkpoint["hyper_parameters"] = plain_numbers(checkpoint["hyper_parameters"])
 
 
 def write_over_old_names(trainer: Any, module: Any, checkpoint: dict[str, Any]) -> None:
@@ -2626,7 +2626,7 @@ def set_up(state: Training, trainer: Any, module: Any, stage: str) -> None:
 
         def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
             try:
-                write_whole(Path(path), lambda f: torch.save(checkpoint, f))
+                write_whole(Path(path), lambda f: torch.save(without_numpy(checkpoint), f))
             except InputError as error:
                 good = state.good_checkpoint()
                 raise InputError(f"{error}. At step {state.step:,}; {good}: --resume") from error
@@ -2749,8 +2749,7 @@ def require_finite(state: Training, trainer: Any, what: str, value: float) -> No
 def on_save_checkpoint(
     state: Training, trainer: Any, module: Any, checkpoint: dict[str, Any]
 ) -> None:
-    """Numbers that load without pickle, and weights that are numbers."""
-    save_without_pickle(checkpoint)
+    """Nothing but weights that are numbers is saved."""
     bad = [
         name
         for name, value in checkpoint["state_dict"].items()
@@ -3144,8 +3143,11 @@ def describe_loading(fast: FastLoading, files: int) -> str:
     )
 
 
-def infer_command(plan: Plan) -> str:
-    """The stock command that predicts with this run."""
+def predict_command(plan: Plan) -> str:
+    """State's command that predicts with this run: of a template, if that can load the model."""
+    if plan.stock["model"]["name"].lower() not in INFER_LOADS:
+        words = ["state", "tx", "predict", "--output-dir", plan.run_dir]
+        return shlex.join(map(str, [*words, "--checkpoint", "final.ckpt", "--predict-only"]))
     words = ["state", "tx", "infer", "--model-dir", plan.run_dir]
     words += ["--checkpoint", plan.run_dir / "checkpoints" / "final.ckpt"]
     words += ["--pert-col", plan.data.columns.pert, "--adata", "TEMPLATE.h5ad"]
@@ -3283,7 +3285,7 @@ def finish(plan: Plan, record: dict[str, Any], state: Training) -> None:
         log.info("the run that this one replaces was deleted: %s", old)
     losses = ", ".join(f"{k} {v:.5g}" for k, v in sorted(state.losses.items()))
     log.info("finished  %s: %s steps, %s", plan.run_dir, f"{state.step:,}", losses)
-    log.info("predict   %s", infer_command(plan))
+    log.info("predict   %s", predict_command(plan))
 
 
 def close_record(run_dir: Path, record: dict[str, Any], state: Training) -> None:

@@ -25,6 +25,7 @@ from random_esm2 import write_checkpoint
 from test_train_run import FAST, FILES, TINY, make_screen, run_json, stock_command
 
 import create_esm_pert_features as script
+import train_with_esm_features
 
 NEW = "SIMEXTRA000"
 TABLE = ("--esm-embeddings", "table.pt")
@@ -394,6 +395,46 @@ def test_template_that_would_be_predicted_wrongly_is_named(
     said = f"warning: {problem.format(file=file)}"
     assert said in add("--adata", file).err.splitlines()
     refused(add("--adata", file, "--dry-run"), problem.format(file=file))
+
+
+def test_batches_of_a_template_are_held_against_those_that_the_model_reads(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(folder)
+    words = (*FILES, *FAST, "--max-steps", 1, "--output-dir", tmp_path, "--name", "run", *TINY)
+    words = (*words, "model.kwargs.batch_encoder=true")
+    assert train_with_esm_features.main([str(w) for w in words]) == 0
+    wanted = tmp_path / "t.h5ad"
+
+    def check(cells: anndata.AnnData) -> Result:
+        cells.write_h5ad(wanted)
+        capsys.readouterr()
+        flags = ("--adata", wanted, "--into-run", tmp_path / "run", "--dry-run")
+        code = script.main([*map(str, flags)])
+        return Result(code, *capsys.readouterr())
+
+    cells = anndata.read_h5ad("template.h5ad")
+    batches = list(cells.obs["batch_var"].cat.categories)
+    assert check(cells).err.count("\n") == 1  # that nothing is wrong
+    cells.obs["batch_var"] = cells.obs["batch_var"].cat.rename_categories({batches[1]: "new"})
+    known = check(cells)
+    assert (known.code, known.err.splitlines()[-1]) == (
+        0,
+        f"warning: {wanted}: 1 label of 'batch_var' not known to the run (new): state tx infer "
+        f"takes the run's first batch, {batches[0]}, for it",
+    )
+    del cells.obs["batch_var"]
+    refused(
+        check(cells),
+        f"{wanted} has no obs column 'batch_var', the batch that the model reads: state tx infer "
+        "would end in a KeyError. Add it, with batches of the training data",
+    )
+    flags = ("--model-dir", tmp_path / "run", "--pert-col", "target_gene", "--adata", wanted)
+    died = stock_command("tx", "infer", *flags, "--output", tmp_path / "p.h5ad", cwd=tmp_path)
+    assert (died.returncode, died.stderr.splitlines()[-1]) == (1, "KeyError: 'batch'")
 
 
 def test_genes_of_a_template_do_not_matter_to_a_run_on_an_embedding(

@@ -21,8 +21,9 @@ import torch
 from conftest import SMALL, Result
 from demo_data import simulate
 from h5ad_forms import SETTING
-from test_train_run import FAST, make_screen, run_json
+from test_train_run import FAST, make_screen, run_json, stock_command
 
+import create_esm_pert_features
 import train_with_esm_features as script
 
 Run = Callable[..., Result]
@@ -125,9 +126,8 @@ def trains(run: Run, tmp_path: Path) -> Callable[..., dict[str, Any]]:
         assert done.code == 0, done.err
         run_dir = Path(done.out.strip())
         assert run_json(run_dir)["status"] == "finished"
-        # the mean baselines write NumPy arrays into it
         path = run_dir / "checkpoints" / "final.ckpt"
-        final = torch.load(path, map_location="cpu", weights_only=False)
+        final = torch.load(path, map_location="cpu", weights_only=True)
         assert final["global_step"] == steps
         return final
 
@@ -402,6 +402,31 @@ def test_override_that_states_training_refuses_is_named(
     refused: Any, folder: Path, overrides: list[str], message: str
 ) -> None:
     refused(message.format(folder=folder), args=overrides)
+
+
+def test_mean_baseline_resumes_and_its_test_cells_are_predicted_by_the_command_it_prints(
+    run: Run, tmp_path: Path, folder: Path
+) -> None:
+    """State keeps its means as NumPy arrays, which a checkpoint that is read without pickle has
+    not, and `state tx infer` knows one class of models."""
+    assert run("--model", "celltypemean").code == 0
+    resumed = run("--model", "celltypemean", "--resume", "--max-steps", "4")
+    assert resumed.code == 0, resumed.err
+    run_dir = tmp_path / "runs" / "run"
+    assert run_json(run_dir)["steps"] == 4
+    last = resumed.err.splitlines()[-1]
+    assert last == (
+        f"predict   state tx predict --output-dir {run_dir} --checkpoint final.ckpt --predict-only"
+    )
+    done = stock_command(*shlex.split(last)[2:], cwd=folder)
+    assert done.returncode == 0, done.stderr
+    predicted = anndata.read_h5ad(run_dir / "eval_final.ckpt" / "adata_pred.h5ad")
+    means = torch.load(run_dir / "checkpoints" / "final.ckpt", weights_only=True)
+    assert set(means["celltype_pert_means"]) == {"simA", "simB"}
+    assert set(predicted.obs["target_gene"]) == {"non-targeting", "SIM004"}
+    assert np.isfinite(predicted.X).all()
+    command = ["--adata", str(folder / "sim.h5ad"), "--into-run", str(run_dir), "--dry-run"]
+    assert create_esm_pert_features.main(command) == 1
 
 
 @pytest.mark.slow
