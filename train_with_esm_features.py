@@ -49,7 +49,6 @@ import argparse
 import contextlib
 import csv
 import ctypes
-import errno
 import functools
 import hashlib
 import importlib.metadata
@@ -62,7 +61,6 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
@@ -77,81 +75,103 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from create_esm_pert_features import (
-    DEFAULT_CONTROL,
     INFER_LOADS,
-    PERT_COLUMNS,
-    PERT_COLUMNS_HELP,
     SECTIONS,
     SPLITS,
-    Busy,
-    InputError,
     Labels,
     LacksColumn,
-    Stopped,
     Unreadable,
-    __version__,
-    add_feature_options,
     add_labels_found,
-    as_json,
-    check_usage,
-    count,
-    data_file_origin,
     dataset_files,
-    did_you_mean,
-    existing_file,
-    exit_code,
     experiment_problems,
-    feature_words,
     find_column,
     find_data_files,
     find_unreadable,
-    fingerprint,
     gene_names,
     gene_names_node,
-    have,
     is_matrix,
     is_sparse,
     leave_out,
     load_experiment,
-    lock_path,
-    log,
     manifest_path,
     matrix_shape,
     names_of_no_file,
-    now,
     obs_columns,
-    on_signals,
-    one_error,
     open_column,
     open_h5ad,
     open_labels,
-    options_of_toml,
-    read_json,
     read_manifest,
-    read_torch,
     read_values,
     require_control,
     resolve_labels,
     rewriting,
-    run_lock,
     say_left_out,
-    say_options_of_toml,
-    sha256_of,
-    short,
-    some,
-    start_log,
     storage_problems,
     stored_as,
     summary,
-    them,
     trained_sha256,
     unused_categories,
-    warn,
     warn_of_identical,
     with_vectors,
     write_features,
+)
+from state_esm_features import __version__
+from state_esm_features.console import (
+    STOP_SIGNALS,
+    Bar,
+    Findings,
+    InputError,
+    Stopped,
+    count,
+    did_you_mean,
+    exit_code,
+    have,
+    log,
+    on_signals,
+    one_error,
+    short,
+    some,
+    start_log,
+    them,
+    warn,
+)
+from state_esm_features.files import (
+    DISK_FULL,
+    Busy,
+    as_json,
+    available_memory,
+    data_file_origin,
+    existing_file,
+    existing_parent,
+    fingerprint,
+    git_state,
+    lock_path,
+    now,
+    read_json,
+    read_torch,
+    run_lock,
+    same_file,
+    sha256_of,
     write_json,
     write_whole,
+)
+from state_esm_features.options import (
+    BATCH_COLUMNS,
+    BATCH_COLUMNS_HELP,
+    DEFAULT_CONTROL,
+    LAYOUTS,
+    PERT_COLUMNS,
+    PERT_COLUMNS_HELP,
+    SPACES,
+    WORKERS_HELP,
+    add_feature_options,
+    check_usage,
+    feature_words,
+    options_of_toml,
+    positive,
+    run_name,
+    say_options_of_toml,
+    workers,
 )
 
 if TYPE_CHECKING:
@@ -159,13 +179,7 @@ if TYPE_CHECKING:
     import numpy as np
     from cell_load.config import ExperimentConfig
 
-BATCH_COLUMNS = ("batch_var", "gem_group", "gemgroup", "batch", "donor", "plate", "lane")
-"""obs columns of the experimental batch, as `state tx infer` looks for them."""
-
 OR_ANOTHER = "let it finish, or choose another --name"
-
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""Ctrl-C; what kill, cron and schedulers send; what SLURM's --signal=USR1 sends before the end."""
 
 OWN_FEATURES = "pert_features.pt"
 """The features file in a run directory."""
@@ -173,16 +187,11 @@ OWN_FEATURES = "pert_features.pt"
 RUN_FORMAT = 1
 FAST_FORMAT = 1
 
-LAYOUTS = ("sorted", "dense")
-"""Of --fast-loading."""
-
 ORDER_SEED = 0
 """Of the order of cells within a group; the same for all runs, so that they share copies."""
 
 BLOCK = 8_000_000
 """Values of a matrix held at once while a file is rewritten: about 250 MB at the most."""
-
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 LAUNCH = "TRAIN_WITH_ESM_LAUNCH"
 """Environment variable by which the processes of one training know each other."""
@@ -206,9 +215,6 @@ WORKERS = "data.kwargs.num_workers"
 CONSECUTIVE = "data.kwargs.use_consecutive_loading"
 STOCK_MAX_WORKERS = 12
 """num_workers of the stock configuration."""
-
-SPACES = ("gene", "all", "embedding")
-"""Of --output-space."""
 
 TAHOE_CONTROL = "[('DMSO_TF', 0.0, 'uM')]"
 """What run_tx_train sets for the perturbation column drugname_drugconc."""
@@ -333,22 +339,6 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------
 # Preflight: what would go wrong, or go wrong in silence, found before anything is written
 # ---------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Findings:
-    """Everything the preflight found; problems stop the run, all together."""
-
-    problems: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-
-    @contextlib.contextmanager
-    def collect(self) -> Iterator[None]:
-        """Turn an InputError into one more problem and go on."""
-        try:
-            yield
-        except InputError as error:
-            self.problems.append(str(error))
 
 
 @dataclass(frozen=True)
@@ -1083,11 +1073,6 @@ def check_disk(
             f"{number * each / 1e9:.1f} GB, {free / 1e9:.1f} GB are free. Free some, choose "
             "another --output-dir, or write fewer with --ckpt-every-n-steps"
         )
-
-
-def existing_parent(path: Path) -> Path:
-    """The path itself, or the nearest folder above that exists."""
-    return next(p for p in (path, *path.parents) if p.exists())
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2029,21 +2014,6 @@ def count_devices(devices: Any) -> int:
     return len(devices) if isinstance(devices, list) else int(devices)
 
 
-def available_memory() -> int:
-    """Bytes of memory that can be had now, the limit of the container respected."""
-    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with contextlib.suppress(OSError, IndexError, ValueError):
-        text = Path("/proc/meminfo").read_text()
-        free = int(re.findall(r"MemAvailable:\s+(\d+) kB", text)[0]) * 1024
-    with contextlib.suppress(OSError, ValueError):  # cgroup v2; "max" means no limit
-        group = Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text())
-        used = int((group / "memory.current").read_text())
-        cache = re.findall(r"^inactive_file (\d+)", (group / "memory.stat").read_text(), re.M)
-        free = min(free, limit - used + int(cache[0]))  # the file cache gives way when needed
-    return free
-
-
 def require_numbers(training: Mapping[str, Any]) -> None:
     """The options check themselves; an override may hold anything."""
     for key in ("max_steps", "batch_size", "val_freq", "ckpt_every_n_steps"):
@@ -2182,17 +2152,6 @@ def hardware() -> dict[str, Any]:
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "gpus": names,
     }
-
-
-def git_state(folder: Path) -> str | None:
-    """Commit of a folder under git, with -dirty for changed files; None outside of git."""
-    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"]
-    command += ["--exclude", "*"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None
 
 
 def identity(plan: Plan) -> dict[str, Any]:
@@ -2383,17 +2342,6 @@ def intact(path: Path) -> bool:
     return damaged is None
 
 
-def same_file(source: Path, target: Path) -> None:
-    """Make `target` the same file as `source`: a hard link, or a copy where links do not work."""
-    temporary = target.with_name(f".{target.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        temporary.hardlink_to(source)
-    except OSError:
-        shutil.copy2(source, temporary)
-    temporary.replace(target)
-
-
 def prepare_resume(plan: Plan) -> int:
     """Put the most advanced good checkpoint where stock resumes from; returns its step (0: none).
 
@@ -2507,45 +2455,6 @@ def write_over_old_names(trainer: Any, module: Any, checkpoint: dict[str, Any]) 
         if "dirpath" in state:
             paths = {k: moved(v) for k, v in state.items() if k.endswith("path") or "models" in k}
             state |= paths | {"dirpath": folder, "last_model_path": f"{folder}/last.ckpt"}
-
-
-class Bar:
-    """Progress on stderr: a bar on a terminal, else a line a minute."""
-
-    SECONDS = 60
-
-    def __init__(
-        self, total: int, what: str, unit: str, initial: int = 0, scale: bool = False
-    ) -> None:
-        from tqdm import tqdm
-
-        self.bar = tqdm(
-            total=total, initial=initial, desc=what, unit=unit, unit_scale=scale, disable=None
-        )
-        self.what, self.unit, self.scale = what, unit, scale
-        self.total, self.done, self.initial = total, initial, initial
-        self.start, self.said = time.monotonic(), float("-inf")
-
-    def add(self, n: int, notes: str = "") -> None:
-        """`n` more units are done."""
-        self.done += n
-        self.bar.set_postfix_str(notes, refresh=False)
-        self.bar.update(n)
-        moment = time.monotonic()
-        if not self.bar.disable or (moment - self.said < self.SECONDS and self.done < self.total):
-            return
-        self.said = moment
-        rate = (self.done - self.initial) / max(moment - self.start, 1e-9)
-        left = self.bar.format_interval((self.total - self.done) / rate) if rate else "?"
-        done, total = (
-            self.bar.format_sizeof(x) if self.scale else f"{x:,}" for x in (self.done, self.total)
-        )
-        speed = f"{self.bar.format_sizeof(rate)}B/s" if self.scale else f"{rate:.3g} {self.unit}s/s"
-        notes = f"{notes}, " if notes else ""
-        log.info("%s %s of %s, %s%s, %s left", self.what, done, total, notes, speed, left)
-
-    def close(self) -> None:
-        self.bar.close()
 
 
 @dataclass
@@ -3245,34 +3154,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("overrides", nargs="*", help="Hydra overrides of the stock configuration")
     return parser
-
-
-BATCH_COLUMNS_HELP = ", ".join(BATCH_COLUMNS)
-WORKERS_HELP = "loader processes (default: auto: as the run has it, else from cores and memory)"
-
-
-def run_name(text: str) -> str:
-    """One folder name."""
-    if text in ("", ".", "..") or "/" in text:
-        raise argparse.ArgumentTypeError(f"{text!r} is not the name of a folder; see --output-dir")
-    return text
-
-
-def positive(text: str) -> int:
-    """A whole number above zero."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return number
-
-
-def workers(text: str) -> int | str:
-    """'auto' or a whole number, 0 included."""
-    if text == "auto":
-        return text
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected auto or a number, got {text!r}")
-    return int(text)
 
 
 def finish(plan: Plan, record: dict[str, Any], state: Training) -> None:

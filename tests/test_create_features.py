@@ -22,14 +22,9 @@ from conftest import ROOT, Result, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from create_esm_pert_features import (
-    InputError,
-    __version__,
-    build_parser,
-    load_table,
-    read_manifest,
-    shuffle_vectors,
-)
+from create_esm_pert_features import build_parser, load_table, read_manifest, shuffle_vectors
+from state_esm_features import __version__
+from state_esm_features.console import InputError
 
 Create = Callable[..., Result]
 CONTROL = "non-targeting"

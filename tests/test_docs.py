@@ -16,12 +16,15 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import create_esm_pert_features
+import state_esm_features
 import train_with_esm_features
+from state_esm_features.options import add_feature_options
 
 SCRIPTS = {
     "create_esm_pert_features": create_esm_pert_features,
     "train_with_esm_features": train_with_esm_features,
 }
+CODE = [*ROOT.glob("*.py"), *(ROOT / "state_esm_features").rglob("*.py")]
 README = (ROOT / "README.md").read_text()
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
@@ -39,7 +42,7 @@ def table_rows(script: str) -> str:
 def own_options(script: str) -> dict[str, argparse.Action]:
     """The options of a script that are not script 1's for making features."""
     parser = argparse.ArgumentParser(add_help=False)
-    create_esm_pert_features.add_feature_options(parser)
+    add_feature_options(parser)
     shared = options(parser) if script == "train_with_esm_features" else {}
     return {o: a for o, a in options(SCRIPTS[script].build_parser()).items() if o not in shared}
 
@@ -94,7 +97,7 @@ def test_readme_is_short_and_names_make_targets_that_exist() -> None:
 def test_error_texts_of_the_troubleshooting_table_are_in_the_code(script: str) -> None:
     section = README.split("## Troubleshooting")[1].split("\n## ")[0]
     texts = re.findall(r"^\| `(.+?)`(?:, `(.+?)`)* \|", section, re.MULTILINE)
-    code = "".join((ROOT / f"{name}.py").read_text() for name in SCRIPTS)
+    code = "".join(path.read_text() for path in CODE)
     code = re.sub(r'"\s*\n\s*f?"', "", code)  # messages run over lines
     for text in (t.strip(". ") for pair in texts for t in pair if t):
         if text.startswith("no obs column") or text.startswith("no .h5"):
@@ -136,7 +139,7 @@ def test_console_commands_and_modules_exist() -> None:
         "train-with-esm-features": "train_with_esm_features:main",
     }
     assert PYPROJECT["tool"]["setuptools"]["py-modules"] == list(SCRIPTS)
-    assert all(m.__version__ == PYPROJECT["project"]["version"] for m in SCRIPTS.values())
+    assert state_esm_features.__version__ == PYPROJECT["project"]["version"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -24,17 +24,17 @@ from random_esm2 import write_checkpoint
 
 import create_esm_pert_features as script
 from create_esm_pert_features import (
-    ESM2_WIDTHS,
     RESIDUES,
     Checkpoint,
     Esm2,
-    InputError,
     embed,
     embed_all,
     open_checkpoint,
     weights_path,
     windows,
 )
+from state_esm_features.console import InputError
+from state_esm_features.options import ESM2_URL, ESM2_WIDTHS
 
 CPU = torch.device("cpu")
 NAME = "esm2_t6_8M_UR50D"
@@ -463,7 +463,7 @@ def test_a_failed_download_leaves_no_file(
     with pytest.raises(InputError) as failed:
         weights_path(NAME, False)
     assert str(failed.value) == (
-        f"cannot download {script.ESM2_URL.format(NAME)}: {why}. Run again when it can be "
+        f"cannot download {ESM2_URL.format(NAME)}: {why}. Run again when it can be "
         "reached, or pass the file with --esm-model FILE"
     )
     assert files(tmp_path) == []

@@ -26,6 +26,7 @@ from test_train_run import FAST, FILES, TINY, make_screen, run_json, stock_comma
 
 import create_esm_pert_features as script
 import train_with_esm_features
+from state_esm_features.files import run_lock, sha256_of
 
 NEW = "SIMEXTRA000"
 TABLE = ("--esm-embeddings", "table.pt")
@@ -750,7 +751,7 @@ def test_another_table_or_width_is_refused(add: Any, run: Path, tmp_path: Path) 
     other = {k: v + 1 for k, v in table().items()}
     torch.save(other, tmp_path / "other.pt")
     torch.save({k: torch.cat([v, v]) for k, v in table().items()}, tmp_path / "wide.pt")
-    hashes = [script.sha256_of(p)[:12] for p in (tmp_path / "other.pt", Path("table.pt"))]
+    hashes = [sha256_of(p)[:12] for p in (tmp_path / "other.pt", Path("table.pt"))]
     refused(
         add("--adata", "wanted.h5ad", "--esm-embeddings", tmp_path / "other.pt"),
         f"{tmp_path}/other.pt (sha256 {hashes[0]}...) is not what the features of {run} were made "
@@ -880,7 +881,7 @@ def test_new_gene_is_computed_by_the_model_of_the_run(
         (("--layer", 1), "layer 2 -> 1"),
         (("--precision", "bfloat16"), "precision float32 -> bfloat16"),
     ):
-        hashes = [f"{script.sha256_of(folder / name)[:12]}..." for name in ("m.pt", "m2.pt")]
+        hashes = [f"{sha256_of(folder / name)[:12]}..." for name in ("m.pt", "m2.pt")]
         refused(
             add(*new, *other, into=esm),
             f"the features of {esm} were computed otherwise ({changed.format(*hashes)}): vectors "
@@ -904,7 +905,7 @@ def test_several_processes_add_to_one_run(run: Path, tmp_path: Path) -> None:
     """All of them have their vectors and wait for the run, which is let go when they do."""
     ours = [f"SIMEXTRA00{i}" for i in range(4)]
     processes = []
-    with script.run_lock(run, "testing"):
+    with run_lock(run, "testing"):
         for gene in ours:
             (tmp_path / f"{gene}.txt").write_text(f"{gene}\nSIMEXTRA009\n")
             command = [sys.executable, str(ROOT / "create_esm_pert_features.py")]
@@ -940,7 +941,7 @@ def test_run_that_trains_is_left_alone(
 ) -> None:
     monkeypatch.setattr(script, "WAIT_SECONDS", 0.1)
     before = snapshot(run)
-    with script.run_lock(run):
+    with run_lock(run):
         done = add("--adata", "wanted.h5ad")
     assert done.code == 75
     assert done.err.splitlines()[-1].startswith("error: process ")

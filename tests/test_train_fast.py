@@ -52,6 +52,8 @@ from test_train_run import (
 )
 
 import train_with_esm_features as script
+from state_esm_features.console import InputError, start_log
+from state_esm_features.options import LAYOUTS
 
 Run = Callable[..., Result]
 
@@ -151,7 +153,7 @@ def copied(plan: Callable[..., script.Plan]) -> Callable[..., script.Plan]:
     def write(*arguments: object) -> script.Plan:
         made = plan(*arguments)
         assert made.fast is not None
-        script.start_log(quiet=False)
+        start_log(quiet=False)
         script.make_copies(made.fast, made.data.columns)
         Path(COPIES).write_text(script.toml_of_run(made))
         return made
@@ -386,7 +388,7 @@ def write_embeddings(path: Path, sparse: bool, **options: Any) -> None:
 
 
 @pytest.mark.parametrize("form", ["csr", "dense", "embedding", "sparse embedding"])
-@pytest.mark.parametrize("layout", script.LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_cell_keeps_split_label_name_batch_and_expression(
     copied: Callable[..., script.Plan], folder: Path, layout: str, form: str
 ) -> None:
@@ -536,7 +538,7 @@ def rich_screen(path: Path) -> anndata.AnnData:
     return data
 
 
-@pytest.mark.parametrize("layout", script.LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_copy_holds_what_cell_load_reads_and_nothing_else(
     copied: Callable[..., script.Plan], folder: Path, layout: str
 ) -> None:
@@ -728,13 +730,13 @@ def test_source_that_changes_while_it_is_read_is_refused(
     made = plan("--fast-loading")
     assert made.fast is not None
     os.utime(folder / "sim.h5ad", (1, 1))
-    with pytest.raises(script.InputError) as error:
+    with pytest.raises(InputError) as error:
         script.make_copies(made.fast, made.data.columns)
     assert str(error.value) == f"{folder}/sim.h5ad changed while it was read; start again"
     assert [p.suffix for p in (folder / "runs/data_cache").iterdir()] == [".lock"]
 
 
-@pytest.mark.parametrize("layout", script.LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_too_little_space_is_said_before_anything_is_written(
     run: Run, folder: Path, layout: str
 ) -> None:
@@ -991,7 +993,7 @@ def test_two_runs_at_once_write_one_copy_and_both_finish(
 
 
 @pytest.mark.parametrize("form", ["csr", "dense", "compressed", "empty rows"])
-@pytest.mark.parametrize("layout", script.LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_copy_is_the_same_whatever_the_size_of_a_block(
     copied: Callable[..., script.Plan],
     folder: Path,
@@ -1027,7 +1029,7 @@ def huge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     path.unlink()
 
 
-@pytest.mark.parametrize("layout", script.LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_memory_is_bounded_whatever_the_size_of_the_file(
     huge: Path, tmp_path: Path, layout: str
 ) -> None:
@@ -1113,7 +1115,7 @@ def test_size_that_is_planned_is_about_the_size_that_is_written(
     copied: Callable[..., script.Plan], folder: Path
 ) -> None:
     mixed(SMALL, cells=400, genes=300).write_h5ad(folder / "sim.h5ad")
-    for layout in script.LAYOUTS:
+    for layout in LAYOUTS:
         made = copied("--fast-loading", layout)
         assert made.fast is not None
         (copy,) = made.fast.copies.values()

@@ -25,6 +25,7 @@ from test_train_run import FAST, make_screen, run_json, stock_command
 
 import create_esm_pert_features
 import train_with_esm_features as script
+from state_esm_features.console import Findings
 
 Run = Callable[..., Result]
 
@@ -600,7 +601,7 @@ def test_matrix_that_cell_load_does_not_read_may_be_missing(
 def plan_of(run_dir: Path) -> tuple[dict[str, Any], list[script.DataFile]]:
     """(stock configuration, files) of a run, read again."""
     stock = script.compose(run_json(run_dir)["overrides"])
-    found = script.Findings()
+    found = Findings()
     asked = {"data.kwargs.pert_col": "target_gene"}
     data = script.inspect_data(run_dir / "config.toml", asked, stock["data"]["kwargs"], found)
     assert data is not None and found.problems == []
@@ -660,7 +661,7 @@ def test_widths_are_those_that_the_data_module_gives_state(
 
     done = run("--dry-run", *options_of(key, space))
     stock = script.compose(shlex.split(done.out)[4 if done.out.startswith("PYTHON") else 3 :])
-    data = script.inspect_data(Path("sim.toml"), {}, stock["data"]["kwargs"], script.Findings())
+    data = script.inspect_data(Path("sim.toml"), {}, stock["data"]["kwargs"], Findings())
     assert data is not None
     module = PerturbationDataModule(cell_sentence_len=4, batch_size=2, **stock["data"]["kwargs"])
     module.setup()
@@ -681,7 +682,7 @@ def test_batches_are_counted_over_all_files_and_kinds_of_column(tmp_path: Path) 
     for column, expected in (("lane", 4), ("batch_var", 2)):
         asked = {"data.kwargs.batch_col": column}
         stock = script.compose(["model=state_sm"])
-        found = script.Findings()
+        found = Findings()
         data = script.inspect_data(config, asked, stock["data"]["kwargs"], found)
         assert data is not None and found.problems == []
         assert script.data_dims(data.files, 8)["batch_dim"] == expected

@@ -24,6 +24,9 @@ from h5ad_forms import OLD_PANDAS, SETTING, nullable
 from toml_mistakes import TOML_MISTAKES, write_mistake
 
 import train_with_esm_features as script
+from state_esm_features.console import Findings
+from state_esm_features.files import available_memory
+from state_esm_features.options import BATCH_COLUMNS
 
 Train = Callable[..., Result]
 Refused = Callable[..., None]
@@ -403,7 +406,7 @@ def test_labels_that_are_not_text_are_refused(
 def test_batch_column_is_found_under_its_usual_names(
     accepted: Accepted, ready: Path, screen: Any
 ) -> None:
-    for name in script.BATCH_COLUMNS:
+    for name in BATCH_COLUMNS:
         data = screen.copy()
         data.obs = data.obs.rename(columns={"batch_var": name})
         data.write_h5ad(ready / "screen.h5ad")
@@ -1340,7 +1343,7 @@ def test_splits_are_those_of_the_data_module(
     ready: Path, held: str, cells: tuple[int, int, int], trains: bool
 ) -> None:
     toml(ready, (TRAIN if trains else DATASETS) + held)
-    found = script.Findings()
+    found = Findings()
     stock = script.compose([])["data"]["kwargs"]
     data = script.inspect_data(Path("config.toml"), {}, stock, found)
     if trains:
@@ -1361,7 +1364,7 @@ def test_splits_of_two_datasets_are_those_of_the_data_module(ready: Path, screen
         '[zeroshot]\n"b.simA" = "test"\n[fewshot."a.simB"]\nval = ["SIM003"]\n',
     )
     stock = script.compose([])["data"]["kwargs"]
-    data = script.inspect_data(Path("config.toml"), {}, stock, script.Findings())
+    data = script.inspect_data(Path("config.toml"), {}, stock, Findings())
     assert data is not None
     assert data.splits == real_splits(ready)
     assert {k: sum(v.values()) for k, v in data.splits.items()} == {
@@ -1396,7 +1399,7 @@ def test_too_little_space_for_the_checkpoints_is_refused(
 
 
 def test_enormous_checkpoints_do_not_fit_on_the_real_disk(tmp_path: Path) -> None:
-    found = script.Findings()
+    found = Findings()
     script.check_disk(10**18, 0, tmp_path / "not" / "yet" / "there", 0, found)
     assert len(found.problems) == 1
     assert re.fullmatch(
@@ -1505,7 +1508,7 @@ def test_number_of_workers_that_was_given_is_kept(
 
 def test_available_memory_is_no_more_than_the_machine_reports() -> None:
     reported = re.findall(r"MemTotal:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-    assert 2**20 < script.available_memory() < int(reported[0]) * 1024
+    assert 2**20 < available_memory() < int(reported[0]) * 1024
 
 
 def test_warnings_are_said_before_the_problems(train: Train, ready: Path, screen: Any) -> None:

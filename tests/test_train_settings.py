@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 import create_esm_pert_features
 import train_with_esm_features as script
+from state_esm_features.console import InputError
 
 Train = Callable[..., Result]
 CONTROL = "non-targeting"
@@ -554,7 +555,7 @@ def test_a_run_is_there_only_with_its_record(tmp_path: Path) -> None:
     assert script.earlier_run(run) == {"format": script.RUN_FORMAT, "steps": 3}
     for content in ("{", "[]", json.dumps({"format": 0})):
         (run / "run.json").write_text(content)
-        with pytest.raises(script.InputError) as error:
+        with pytest.raises(InputError) as error:
             script.earlier_run(run)
         assert str(error.value) == (
             f"{run} exists and is no run of this script; choose another --name, or move it away"

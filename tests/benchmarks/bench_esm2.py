@@ -23,6 +23,8 @@ import time
 from pathlib import Path
 from statistics import median
 
+from state_esm_features.files import sha256_of
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 SHAPES = {"8M": (6, 320), "35M": (12, 480), "150M": (30, 640), "650M": (33, 1280)}
@@ -139,7 +141,7 @@ def cached(folder: Path, proteins: int = 20_000, width: int = 1280) -> None:
     rng = np.random.default_rng(2)
     sequences = ["".join(rng.choice(list("LAGVSERTIDPKQNFYMHWC"), 400)) for _ in range(proteins)]
     (folder / "all.fasta").write_text("".join(f">P{i}\n{s}\n" for i, s in enumerate(sequences)))
-    recipe = ours.Recipe(ours.sha256_of(folder / "model.pt"), 33, "mean", "window", "float32")
+    recipe = ours.Recipe(sha256_of(folder / "model.pt"), 33, "mean", "window", "float32")
     cache = ours.Cache(folder / "esm2_vectors.sqlite")
     for sequence in sequences:
         cache.put(recipe.key(sequence), torch.randn(width))

@@ -30,6 +30,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from state_esm_features.console import start_log
+from state_esm_features.files import write_whole
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 CELLS, GENES, VALUES, PERTURBATIONS, FILES = 3_334, 18_080, 3_000, 20, 6
@@ -100,7 +103,7 @@ def write_copies(folder: Path, name: str, layout: str) -> float:
     words = ["--config", f"{folder}/{name}.toml", "--pert-features", f"{folder}/features.pt"]
     words += ["--fast-loading", layout, "--data-cache", str(where)]
     args = script.parse(words)
-    script.start_log(quiet=True)
+    start_log(quiet=True)
     plan = script.make_plan(args, folder / "run", None, None, folder)
     assert plan.fast is not None
     start = time.perf_counter()
@@ -280,12 +283,10 @@ def bench_checkpoint(folder: Path) -> None:
     """Seconds to write the checkpoint of the run above again, as the script does it."""
     import torch
 
-    import train_with_esm_features as script
-
     path = folder / "runs" / "sorted" / "checkpoints" / "final.ckpt"
     content = torch.load(path, weights_only=True)
     start = time.perf_counter()
-    script.write_whole(folder / "again.ckpt", lambda f: torch.save(content, f))
+    write_whole(folder / "again.ckpt", lambda f: torch.save(content, f))
     seconds = time.perf_counter() - start
     print(f"checkpoint of state_sm: {path.stat().st_size / 1e9:.2f} GB in {seconds:.1f} s")
 

@@ -54,7 +54,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from demo_data import write_demo  # noqa: E402
 from run_demo import SMALL_MODEL  # noqa: E402
 
-from create_esm_pert_features import count, sha256_of  # noqa: E402
+from state_esm_features.console import count  # noqa: E402
+from state_esm_features.files import sha256_of  # noqa: E402
 
 METRICS = {  # which way is better, and what a perfect prediction and chance get
     "pearson_delta": ("higher", "1 is perfect, 0 is chance"),

@@ -1,0 +1,258 @@
+"""What both commands say, and how they end: errors, exit codes, wording, log, progress, signals.
+
+Nothing here knows of data or files. No other module of the package prints; what a part found is
+returned, or noted in `Findings`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import logging
+import re
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+log = logging.getLogger("esm_pert_features")
+
+
+class InputError(Exception):
+    """Something the user can mend: ends the run in one message on stderr, without traceback."""
+
+    code = 1
+
+
+class Stopped(BaseException):
+    """A signal asked this process to end. Not an Exception: nothing on the way up mistakes it for a
+    failure of its own."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signal.Signals(signum)
+
+    def __str__(self) -> str:
+        return "Ctrl-C" if self.signum == signal.SIGINT else self.signum.name
+
+    @property
+    def code(self) -> int:
+        """130 for Ctrl-C, else 143, as of SIGTERM."""
+        return 130 if self.signum == signal.SIGINT else 143
+
+
+def shown(name: str) -> str:
+    """A name as a message lists it: in quotes where a blank, or no sign at all, would be missed."""
+    unseen = name != name.strip() or not name.isprintable() or re.search(r"\s[+|]|[+|]\s", name)
+    return repr(name) if unseen or not name else name
+
+
+def some(items: Iterable[str], limit: int = 5) -> str:
+    """First items of a list for a message: 'A, B, C, D, E, ...'."""
+    names = list(items)
+    return ", ".join(map(shown, names[:limit])) + (", ..." if len(names) > limit else "")
+
+
+def count(n: int, noun: str) -> str:
+    """'1 label', '2,024 labels'."""
+    return f"{n:,} {noun}" + ("" if n == 1 else "s")
+
+
+def short(value: object) -> str:
+    """A value as shown in a message: of a hash the first digits."""
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:12]}..."
+
+
+def have(n: int) -> str:
+    """The verb after 'n of 3 labels'."""
+    return "has" if n == 1 else "have"
+
+
+def them(n: int) -> str:
+    """The pronoun of n things that are acted on."""
+    return "it" if n == 1 else "them"
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """' (did you mean A, B?)' for the names nearest to `name`, or nothing."""
+    by_lower = {k.lower(): k for k in known}
+    near = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.6)
+    return f" (did you mean {some(by_lower[n] for n in near)}?)" if near else ""
+
+
+def one_error(problems: Sequence[str]) -> InputError:
+    """Fold every problem found into one error, so that they are mended in one go."""
+    if len(problems) == 1:
+        return InputError(problems[0])
+    return InputError("\n  - ".join([f"{len(problems)} problems:", *problems]))
+
+
+def warn(message: str) -> None:
+    """Say something that does not stop the run."""
+    log.warning("warning: %s", message)
+
+
+def start_log(quiet: bool) -> None:
+    """Send messages to stderr; `quiet` keeps warnings and errors only."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log.handlers[:] = [handler]
+    log.propagate = False
+    log.setLevel(logging.WARNING if quiet else logging.INFO)
+
+
+@contextlib.contextmanager
+def on_signals(stop: Callable[[int, object], None], signals: Sequence[int]) -> Iterator[None]:
+    """Call `stop` on these signals while the block runs (in the main thread, where they arrive)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, stop) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def raise_stopped(signum: int, frame: object) -> None:
+    """Signal handler: leave through every `finally`, so that half-written files are removed."""
+    raise Stopped(signum)
+
+
+def exit_code(
+    step: Callable[[], int], stop_signals: Sequence[signal.Signals] = (signal.SIGTERM,)
+) -> int:
+    """Run `step` and translate how it ended into the documented exit codes."""
+    try:
+        with on_signals(raise_stopped, stop_signals):
+            return step()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.code
+    except (KeyboardInterrupt, Stopped) as error:
+        stop = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
+        traceback.clear_frames(error.__traceback__)  # ends progress bars, also those of libraries
+        print(f"stopped by {stop}", file=sys.stderr)
+        return stop.code
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether this is CUDA's, MPS's, the CPU allocator's, mmap's or oneDNN's lack of memory.
+
+    oneDNN has no words of its own for it: it "could not create a primitive".
+    """
+    return bool(
+        re.search(
+            "out of memory|can(no|')t allocate memory|could not create a primitive",
+            str(error),
+            re.IGNORECASE,
+        )
+    )
+
+
+def _line(error: BaseException) -> str:
+    """First line of an exception's text."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+class Progress:
+    """Proteins and residues done: a bar on a terminal, else a line now and then."""
+
+    SECONDS = 30
+
+    def __init__(self, sequences: Sequence[str]) -> None:
+        from tqdm import tqdm
+
+        quiet = not log.isEnabledFor(logging.INFO)
+        self.proteins, self.done = len(sequences), 0
+        self.bar = tqdm(
+            total=sum(map(len, sequences)),
+            unit=" residues",
+            unit_scale=True,
+            disable=True if quiet else None,
+        )
+        self.start = self.said = time.monotonic()
+        self.residues, self.quiet = 0, quiet
+
+    def add(self, sequence: str) -> None:
+        """One more protein is done."""
+        self.done, self.residues = self.done + 1, self.residues + len(sequence)
+        self.bar.update(len(sequence))
+        self.bar.set_postfix_str(f"{self.done:,} of {self.proteins:,} proteins", refresh=False)
+        now = time.monotonic()
+        last = self.done == self.proteins
+        if self.bar.disable and (last or now - self.said >= self.SECONDS):
+            self.said = now
+            rate = self.residues / max(now - self.start, 1e-9)
+            left = (self.bar.total - self.residues) / rate
+            log.info(
+                "%s of %s proteins, %s of %s residues, %s residues/s, %s left",
+                *(f"{self.done:,}", f"{self.proteins:,}", f"{self.residues:,}"),
+                *(f"{self.bar.total:,}", f"{rate:,.0f}", self.bar.format_interval(left)),
+            )
+        if last:
+            self.bar.close()
+
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""Ctrl-C; what kill, cron and schedulers send; what SLURM's --signal=USR1 sends before the end."""
+
+
+@dataclass
+class Findings:
+    """Everything the preflight found; problems stop the run, all together."""
+
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    @contextlib.contextmanager
+    def collect(self) -> Iterator[None]:
+        """Turn an InputError into one more problem and go on."""
+        try:
+            yield
+        except InputError as error:
+            self.problems.append(str(error))
+
+
+class Bar:
+    """Progress on stderr: a bar on a terminal, else a line a minute."""
+
+    SECONDS = 60
+
+    def __init__(
+        self, total: int, what: str, unit: str, initial: int = 0, scale: bool = False
+    ) -> None:
+        from tqdm import tqdm
+
+        self.bar = tqdm(
+            total=total, initial=initial, desc=what, unit=unit, unit_scale=scale, disable=None
+        )
+        self.what, self.unit, self.scale = what, unit, scale
+        self.total, self.done, self.initial = total, initial, initial
+        self.start, self.said = time.monotonic(), float("-inf")
+
+    def add(self, n: int, notes: str = "") -> None:
+        """`n` more units are done."""
+        self.done += n
+        self.bar.set_postfix_str(notes, refresh=False)
+        self.bar.update(n)
+        moment = time.monotonic()
+        if not self.bar.disable or (moment - self.said < self.SECONDS and self.done < self.total):
+            return
+        self.said = moment
+        rate = (self.done - self.initial) / max(moment - self.start, 1e-9)
+        left = self.bar.format_interval((self.total - self.done) / rate) if rate else "?"
+        done, total = (
+            self.bar.format_sizeof(x) if self.scale else f"{x:,}" for x in (self.done, self.total)
+        )
+        speed = f"{self.bar.format_sizeof(rate)}B/s" if self.scale else f"{rate:.3g} {self.unit}s/s"
+        notes = f"{notes}, " if notes else ""
+        log.info("%s %s of %s, %s%s, %s left", self.what, done, total, notes, speed, left)
+
+    def close(self) -> None:
+        self.bar.close()
