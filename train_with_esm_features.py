@@ -76,41 +76,16 @@ from typing import TYPE_CHECKING, Any
 
 from create_esm_pert_features import (
     INFER_LOADS,
-    SECTIONS,
-    SPLITS,
     Labels,
-    LacksColumn,
-    Unreadable,
     add_labels_found,
-    dataset_files,
-    experiment_problems,
-    find_column,
-    find_data_files,
-    find_unreadable,
-    gene_names,
-    gene_names_node,
-    is_matrix,
-    is_sparse,
-    leave_out,
-    load_experiment,
     manifest_path,
-    matrix_shape,
     names_of_no_file,
-    obs_columns,
-    open_column,
-    open_h5ad,
-    open_labels,
     read_manifest,
-    read_values,
     require_control,
     resolve_labels,
-    rewriting,
     say_left_out,
-    storage_problems,
-    stored_as,
     summary,
     trained_sha256,
-    unused_categories,
     warn_of_identical,
     with_vectors,
     write_features,
@@ -135,6 +110,16 @@ from state_esm_features.console import (
     them,
     warn,
 )
+from state_esm_features.experiment import (
+    SECTIONS,
+    SPLITS,
+    absolute_paths,
+    experiment_problems,
+    find_data_files,
+    leave_out,
+    load_experiment,
+    toml_text,
+)
 from state_esm_features.files import (
     DISK_FULL,
     Busy,
@@ -154,6 +139,26 @@ from state_esm_features.files import (
     sha256_of,
     write_json,
     write_whole,
+)
+from state_esm_features.h5ad import (
+    LacksColumn,
+    Unreadable,
+    find_column,
+    find_unreadable,
+    gene_names,
+    gene_names_node,
+    is_matrix,
+    is_sparse,
+    matrix_shape,
+    obs_columns,
+    open_column,
+    open_h5ad,
+    open_labels,
+    read_values,
+    rewriting,
+    storage_problems,
+    stored_as,
+    unused_categories,
 )
 from state_esm_features.options import (
     BATCH_COLUMNS,
@@ -2247,20 +2252,6 @@ def move_aside(run_dir: Path) -> Path:
     return run_dir.rename(aside)
 
 
-def absolute_paths(experiment: ExperimentConfig) -> dict[str, str]:
-    """{dataset: absolute path}, so that the run works from any folder."""
-    datasets = {}
-    for name, path in experiment.datasets.items():
-        whole = str(Path.cwd() / path)
-        same = [f.resolve() for f in dataset_files(whole)] == [
-            f.resolve() for f in dataset_files(path)
-        ]
-        datasets[name] = whole if same else path
-        if not same:  # hidden files and ** mean other things in absolute patterns
-            warn(f"the run keeps the relative path {path}: run state tx predict from {Path.cwd()}")
-    return datasets
-
-
 def toml_of_run(plan: Plan) -> str:
     """The TOML as the run uses it: absolute paths, or those of the copies for fast loading."""
     experiment, said = plan.data.experiment, f"# {plan.toml.absolute()} as used here"
@@ -2272,19 +2263,6 @@ def toml_of_run(plan: Plan) -> str:
         said += f", on the copies that --fast-loading {plan.fast.layout} made of:"
         said = "\n#   ".join([said, *(str(c.source) for c in plan.fast.copies.values())])
     return f"{said}\n{toml_text(experiment, datasets)}"
-
-
-def toml_text(experiment: ExperimentConfig, datasets: Mapping[str, str]) -> str:
-    """The experiment as a cell-load TOML, with these paths."""
-    import toml
-
-    content = {
-        "datasets": dict(datasets),
-        "training": experiment.training,
-        "zeroshot": experiment.zeroshot,
-        "fewshot": experiment.fewshot,
-    }
-    return toml.dumps(content)
 
 
 def write_inputs(plan: Plan, features_too: bool) -> None:

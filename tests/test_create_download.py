@@ -159,7 +159,8 @@ def hub(body: bytes) -> Iterator[Hub]:
 # Only the constants that describe Arc's file are another file's; all code is the script's.
 START = (
     "import sys, create_esm_pert_features as script\n"
-    "script.ARC_SHA256, script.ARC_BYTES = sys.argv[1], int(sys.argv[2])\n"
+    "from state_esm_features.embedding import downloads\n"
+    "downloads.ARC_SHA256, downloads.ARC_BYTES = sys.argv[1], int(sys.argv[2])\n"
     "sys.exit(script.main(sys.argv[3:]))"
 )
 

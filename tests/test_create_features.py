@@ -22,9 +22,10 @@ from conftest import ROOT, Result, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from create_esm_pert_features import build_parser, load_table, read_manifest, shuffle_vectors
+from create_esm_pert_features import build_parser, read_manifest, shuffle_vectors
 from state_esm_features import __version__
 from state_esm_features.console import InputError
+from state_esm_features.embedding.tables import load_table
 
 Create = Callable[..., Result]
 CONTROL = "non-targeting"

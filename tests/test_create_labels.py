@@ -21,8 +21,12 @@ from conftest import ROOT, Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import create_esm_pert_features as script
-from create_esm_pert_features import files_cell_load_reads
+from state_esm_features.experiment import (
+    files_cell_load_reads,
+    find_data_files,
+    load_experiment,
+    unread_parts,
+)
 from state_esm_features.options import PERT_COLUMNS
 
 Create = Callable[..., Result]
@@ -450,11 +454,9 @@ def test_sections_and_keys_that_nothing_reads_are_one_warning(
         f"{tmp_path}/c.toml: nothing reads [model], [cell_eval]. {settings}"
     ]
     (tmp_path / "top.toml").write_text("seed = 1\n" + (tmp_path / "c.toml").read_text())
-    done = script.find_data_files(
-        script.load_experiment(tmp_path / "top.toml"), tmp_path / "top.toml"
-    )
+    done = find_data_files(load_experiment(tmp_path / "top.toml"), tmp_path / "top.toml")
     assert done == ({"set0": [Path("s.h5ad")]}, [])
-    assert script.unread_parts({"seed": 1, "model": {}, "training": {}}) == [
+    assert unread_parts({"seed": 1, "model": {}, "training": {}}) == [
         f"nothing reads seed (in no section), [model]. {settings}"
     ]
     # a setting among the datasets of [training] was refused, and is still

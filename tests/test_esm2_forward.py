@@ -22,18 +22,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from random_esm2 import write_checkpoint
 
-import create_esm_pert_features as script
-from create_esm_pert_features import (
-    RESIDUES,
-    Checkpoint,
-    Esm2,
-    embed,
-    embed_all,
-    open_checkpoint,
-    weights_path,
-    windows,
-)
+from create_esm_pert_features import Checkpoint, Esm2, embed, embed_all, open_checkpoint
 from state_esm_features.console import InputError
+from state_esm_features.embedding import downloads
+from state_esm_features.embedding.downloads import weights_path
+from state_esm_features.embedding.fasta import RESIDUES, windows
 from state_esm_features.options import ESM2_URL, ESM2_WIDTHS
 
 CPU = torch.device("cpu")
@@ -412,7 +405,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     torch.hub.set_dir(tmp_path / "hub")
     with Server() as serving:
         address = f"http://127.0.0.1:{serving.server_port}/models/{{}}.pt"
-        monkeypatch.setattr(script, "ESM2_URL", address)
+        monkeypatch.setattr(downloads, "ESM2_URL", address)
         thread = threading.Thread(target=serving.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         yield serving

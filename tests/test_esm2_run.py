@@ -30,6 +30,8 @@ from hypothesis import strategies as st
 from random_esm2 import write_checkpoint
 
 import create_esm_pert_features as script
+from state_esm_features.embedding import downloads
+from state_esm_features.embedding.fasta import Proteins, genes_in_header, load_proteins
 
 Create = Callable[..., Result]
 
@@ -95,21 +97,21 @@ def model(tmp_path: Path) -> Any:
 
 
 @pytest.fixture
-def parse(tmp_path: Path) -> Callable[..., script.Proteins]:
+def parse(tmp_path: Path) -> Callable[..., Proteins]:
     """load_proteins on files of these contents."""
 
-    def load(*contents: str | bytes) -> script.Proteins:
+    def load(*contents: str | bytes) -> Proteins:
         paths = []
         for i, content in enumerate(contents):
             paths.append(tmp_path / f"{i}.fasta")
             paths[-1].write_bytes(content.encode() if isinstance(content, str) else content)
         args = script.build_parser().parse_args([f"--fasta={p}" for p in paths])
-        return script.load_proteins(args)
+        return load_proteins(args)
 
     return load
 
 
-def sequences_of(proteins: script.Proteins) -> dict[str, list[str]]:
+def sequences_of(proteins: Proteins) -> dict[str, list[str]]:
     return {gene: [p.sequence for p in found] for gene, found in proteins.genes.items()}
 
 
@@ -145,7 +147,7 @@ ENSEMBL = (
     ],
 )
 def test_genes_in_a_header(header: str, genes: list[str]) -> None:
-    assert script.genes_in_header(header) == genes
+    assert genes_in_header(header) == genes
 
 
 @pytest.mark.parametrize("version", ["", ".21"])
@@ -267,7 +269,7 @@ def test_no_such_fasta(tmp_path: Path, create: Create, model: Any) -> None:
     assert done.err == f"error: no such FASTA file: p.fasta (looked in {tmp_path})\n"
 
 
-def test_gzip_crlf_case_and_end_stop_change_nothing(parse: Callable[..., script.Proteins]) -> None:
+def test_gzip_crlf_case_and_end_stop_change_nothing(parse: Callable[..., Proteins]) -> None:
     plain = b">A\nMKTA\nYIAK\n>B\nMLQ\n"
     for content in (
         plain,
@@ -280,7 +282,7 @@ def test_gzip_crlf_case_and_end_stop_change_nothing(parse: Callable[..., script.
         assert sequences_of(parse(content)) == {"A": ["MKTAYIAK"], "B": ["MLQ"]}
 
 
-def test_files_add_up_in_their_order(parse: Callable[..., script.Proteins]) -> None:
+def test_files_add_up_in_their_order(parse: Callable[..., Proteins]) -> None:
     proteins = parse(">A\nMK\n>B\nML\n", ">A\nMKL\n")
     assert sequences_of(proteins) == {"A": ["MK", "MKL"], "B": ["ML"]}
     assert list(proteins.symbols) == ["A", "B"]
@@ -308,7 +310,7 @@ def test_what_is_written_as_fasta_is_read_back(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "p.fasta"
         path.write_bytes(text.encode())
-        proteins = script.load_proteins(script.build_parser().parse_args([f"--fasta={path}"]))
+        proteins = load_proteins(script.build_parser().parse_args([f"--fasta={path}"]))
     assert sequences_of(proteins) == expected
     assert list(proteins.symbols) == list(expected)
     assert proteins.left_out == {}
@@ -439,7 +441,7 @@ def test_widths_that_differ(
     fitting: str,
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    monkeypatch.setattr(script, "_download_weights", lambda *_: pytest.fail("downloads"))
+    monkeypatch.setattr(downloads, "_download_weights", lambda *_: pytest.fail("downloads"))
     torch.save({"A": torch.randn(table)}, tmp_path / "table.pt")
     arguments = ("--all-genes", "--esm-embeddings", "table.pt", "--fasta", "p.fasta")
     done = create(*arguments, "--esm-model", name, *OUT, "--no-cache")

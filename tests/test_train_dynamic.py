@@ -20,6 +20,7 @@ from test_train_run import FAST, TINY, make_screen, run_json
 
 import create_esm_pert_features
 import train_with_esm_features
+from state_esm_features.embedding.gene_names import HGNC_COLUMNS
 
 TABLE = '[features]\nesm-embeddings = "table.pt"\n'
 
@@ -284,7 +285,7 @@ def test_missing_labels_have_one_message_in_both_scripts(
     data = anndata.AnnData(x, obs=frame, var=pd.DataFrame(index=[f"G{i}" for i in range(5)]))
     data.write_h5ad("d.h5ad")
     torch.save({gene: torch.eye(3)[i] for i, gene in enumerate(GENES)}, "t.pt")
-    hgnc = (create_esm_pert_features.HGNC_COLUMNS, ("HGNC:30815", "NEAT1", "non-coding RNA"))
+    hgnc = (HGNC_COLUMNS, ("HGNC:30815", "NEAT1", "non-coding RNA"))
     Path("hgnc.txt").write_text("\n".join("\t".join((*row, *[""] * 4)[:7]) for row in hgnc))
     held_out = '"MYC"' if labels else '"STAT11"'
     Path("c.toml").write_text(

@@ -26,6 +26,7 @@ from toml_mistakes import TOML_MISTAKES, write_mistake
 import train_with_esm_features as script
 from state_esm_features.console import Findings
 from state_esm_features.files import available_memory
+from state_esm_features.h5ad import gene_names
 from state_esm_features.options import BATCH_COLUMNS
 
 Train = Callable[..., Result]
@@ -813,7 +814,7 @@ def test_gene_names_are_those_that_cell_load_reads(
     path = ready / "other.h5ad"
     screen.write_h5ad(path)
     with h5py.File(path) as file:
-        ours = script.gene_names(file)
+        ours = gene_names(file)
     assert ours == real_dataset(path).get_gene_names()
     assert len(ours) == 30
 

@@ -18,9 +18,9 @@ from conftest import ROOT, Result, run_script
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import create_esm_pert_features
 import train_with_esm_features as script
 from state_esm_features.console import InputError
+from state_esm_features.experiment import absolute_paths, dataset_files, load_experiment, toml_text
 
 Train = Callable[..., Result]
 CONTROL = "non-targeting"
@@ -705,23 +705,21 @@ def test_toml_of_a_run_names_the_same_files_from_any_folder(
         f'absolute = "{ready}/d/a.h5ad"\n[training]\none = "train"\n'
         '[zeroshot]\n"one.K562 (x)" = "val"\n[fewshot."one.é"]\ntest = ["A+B", "it\'s \\"c\\""]\n'
     )
-    experiment = script.load_experiment(Path("config.toml"))
+    experiment = load_experiment(Path("config.toml"))
     expected = {
-        name: [p.absolute() for p in create_esm_pert_features.dataset_files(path)]
+        name: [p.absolute() for p in dataset_files(path)]
         for name, path in experiment.datasets.items()
     }
     assert [len(files) for files in expected.values()] == [1, 2, 2, 1, 1]
-    (ready / "copy.toml").write_text(
-        script.toml_text(experiment, script.absolute_paths(experiment))
-    )
+    (ready / "copy.toml").write_text(toml_text(experiment, absolute_paths(experiment)))
     (ready / "far").mkdir()
     monkeypatch.chdir(ready / "far")
-    copy = script.load_experiment(ready / "copy.toml")
+    copy = load_experiment(ready / "copy.toml")
     assert (copy.training, copy.zeroshot, copy.fewshot) == (
         experiment.training,
         experiment.zeroshot,
         experiment.fewshot,
     )
-    found = {n: create_esm_pert_features.dataset_files(p) for n, p in copy.datasets.items()}
+    found = {n: dataset_files(p) for n, p in copy.datasets.items()}
     assert found == expected
     assert toml.loads((ready / "copy.toml").read_text())["datasets"] == copy.datasets

@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 from statistics import median
 
+from state_esm_features.embedding.fasta import Recipe, read_fasta
 from state_esm_features.files import sha256_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,7 +101,7 @@ def ours(folder: Path, precision: str) -> float:
     model = ours.Esm2(checkpoint, torch.device("cpu"), getattr(torch, precision))
     ours.embed(model, "MK" * 100, model.layers, "window", threading.Event())
     start = time.perf_counter()
-    names = {s: header for header, s in ours.read_fasta(folder / "p.fasta")}
+    names = {s: header for header, s in read_fasta(folder / "p.fasta")}
     embedded = ours.embed_all(model, list(names), model.layers, "window")
     vectors = {names[sequence]: vector for sequence, vector in embedded}
     seconds = time.perf_counter() - start
@@ -141,7 +142,7 @@ def cached(folder: Path, proteins: int = 20_000, width: int = 1280) -> None:
     rng = np.random.default_rng(2)
     sequences = ["".join(rng.choice(list("LAGVSERTIDPKQNFYMHWC"), 400)) for _ in range(proteins)]
     (folder / "all.fasta").write_text("".join(f">P{i}\n{s}\n" for i, s in enumerate(sequences)))
-    recipe = ours.Recipe(sha256_of(folder / "model.pt"), 33, "mean", "window", "float32")
+    recipe = Recipe(sha256_of(folder / "model.pt"), 33, "mean", "window", "float32")
     cache = ours.Cache(folder / "esm2_vectors.sqlite")
     for sequence in sequences:
         cache.put(recipe.key(sequence), torch.randn(width))

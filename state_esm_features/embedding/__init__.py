@@ -1,0 +1,1 @@
+"""From perturbation labels to the features file."""

@@ -1,0 +1,229 @@
+"""Tables {gene: vector} as people keep them, one reader a form; none executes what it reads.
+
+How a label finds its gene is not known here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from state_esm_features.console import InputError, _line, count, log, some
+from state_esm_features.embedding.downloads import arc_table_path
+from state_esm_features.files import existing_file, read_torch, sha256_of
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of embeddings on disk.
+
+    Attributes
+    ----------
+    path
+        The file.
+    vectors
+        {gene symbol: tensor}; memory-mapped, so a vector is read when it is used.
+    width
+        Length of every vector.
+    file, shift
+        The open file, and what to add to the address of a mapped vector to have its place in it;
+        None and 0 if the file is laid out in another way. See `_place_in_file`.
+    """
+
+    path: Path
+    vectors: Mapping[str, torch.Tensor]
+    width: int
+    file: BinaryIO | None = None
+    shift: int = 0
+
+    @property
+    def symbols(self) -> Iterable[str]:
+        """Every gene of it."""
+        return self.vectors
+
+    def __contains__(self, gene: str) -> bool:
+        return gene in self.vectors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.vectors)
+
+    def why_not(self, gene: str) -> str | None:
+        """Why a gene that was meant to be in it is not: never known of a table."""
+        return None
+
+    def origin(self, gene: str) -> dict[str, Any]:
+        """What the manifest says of a gene beside its source: nothing, of a table."""
+        return {}
+
+    def record(self) -> dict[str, Any]:
+        """What the manifest says of the table."""
+        return {
+            "kind": "table",
+            "path": str(self.path),
+            "sha256": sha256_of(self.path),
+            "genes": len(self.vectors),
+        }
+
+    def __str__(self) -> str:
+        return f"{self.path} ({count(len(self.vectors), 'gene')} x {self.width:,})"
+
+    def __getitem__(self, gene: str) -> torch.Tensor:
+        """Vector of a gene as float32 (width,), a copy that owns its memory."""
+        import torch
+
+        vector = self.vectors[gene].detach()
+        if self.file is not None and vector.is_contiguous():
+            vector = _read_at(self.file, vector.data_ptr() + self.shift, vector)
+        return vector.reshape(-1).to(torch.float32, copy=True)
+
+
+def load_table(path: Path) -> Table:
+    """Open a table without executing anything in it and without reading its vectors.
+
+    Parameters
+    ----------
+    path
+        .npz with `genes` (n,) and `embeddings` (n, width), or a file of torch.save holding
+        {symbol: tensor (width,) or (1, width)}.
+
+    Raises
+    ------
+    InputError
+        Not such a file, mixed widths, or a pickle that holds more than tensors.
+    """
+    existing_file(path, "embeddings table")
+    content = _read_npz(path) if path.suffix.lower() == ".npz" else read_torch(path)
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds no {{symbol: vector}} table, but {type(content).__name__}")
+    if not content:
+        raise InputError(f"{path} holds an empty table")
+    import torch
+
+    wrong = [k for k, v in content.items() if not isinstance(k, str) or not torch.is_tensor(v)]
+    if wrong:
+        raise InputError(
+            f"{path}: {len(wrong):,} of {len(content):,} entries are not symbol -> tensor "
+            f"({some(f'{k!r}: {type(content[k]).__name__}' for k in wrong)})"
+        )
+    widths: dict[int, str] = {}
+    for gene, vector in content.items():
+        if vector.dim() != 1 and not (vector.dim() == 2 and len(vector) == 1):
+            raise InputError(
+                f"{path}: {gene!r} has shape {tuple(vector.shape)}; expected one vector a gene"
+            )
+        widths.setdefault(vector.shape[-1], gene)
+    if len(widths) > 1 or 0 in widths:
+        seen = some(f"{w} ({gene!r})" for w, gene in widths.items())
+        raise InputError(f"{path}: vectors of different widths: {seen}; one table, one width")
+    _check_dtypes(path, content)
+    return Table(path, content, next(iter(widths)), *_place_in_file(path, content))
+
+
+def _place_in_file(
+    path: Path, vectors: Mapping[str, torch.Tensor]
+) -> tuple[BinaryIO, int] | tuple[()]:
+    """The open file, and the shift from the address of a mapped vector to its place in it.
+
+    Of a mapped file the kernel holds far more than what is looked at: all 400 MB of Arc's table for
+    2,000 of its vectors. torch.save writes a zip archive of storages, which torch.load maps whole,
+    so one shift holds for all. It is taken if the first and the last storage agree about it, and
+    the vectors read there are the mapped ones.
+    """
+    import struct
+    import zipfile
+
+    import torch
+
+    if not zipfile.is_zipfile(path) or path.suffix.lower() == ".npz":
+        return ()
+    with zipfile.ZipFile(path) as archive:
+        data = (m for m in archive.infolist() if re.search(r"/data/\d+$", m.filename))
+        stored = [member.header_offset for member in data]
+    file = path.open("rb")
+    with contextlib.suppress(OSError, ValueError, RuntimeError, struct.error):  # no such places
+        contiguous = (v for v in vectors.values() if v.is_contiguous())
+        mapped = {v.untyped_storage().data_ptr(): v for v in contiguous}
+        shifts = set()
+        for header, address in ((min(stored), min(mapped)), (max(stored), max(mapped))):
+            file.seek(header + 26)  # in the local header: 30 bytes, a name and an extra field
+            lengths = struct.unpack("<HH", file.read(4))
+            shifts.add(header + 30 + sum(lengths) - address)
+        [shift] = shifts
+        for vector in (mapped[min(mapped)], mapped[max(mapped)]):
+            there = _read_at(file, vector.data_ptr() + shift, vector)
+            if not torch.equal(there.view(torch.uint8), vector.view(torch.uint8)):  # NaN too
+                raise ValueError("other bytes")
+        return file, shift
+    file.close()
+    return ()
+
+
+def _read_at(file: BinaryIO, place: int, like: torch.Tensor) -> torch.Tensor:
+    """As many values of the same type and shape as `like` has, from a place in a file."""
+    import torch
+
+    file.seek(place)
+    content = bytearray(file.read(like.nbytes))
+    return torch.frombuffer(content, dtype=like.dtype).reshape(like.shape)
+
+
+def _read_npz(path: Path) -> dict[str, torch.Tensor]:
+    import zipfile
+
+    import numpy as np
+    import torch
+
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            genes, embeddings = arrays["genes"], arrays["embeddings"]
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(
+            f"{path} is no table: expected arrays `genes` (n,) of text and "
+            f"`embeddings` (n, width) ({_line(error)})"
+        ) from error
+    shapes_ok = genes.ndim == 1 and embeddings.ndim == 2 and len(genes) == len(embeddings)
+    if not shapes_ok or genes.dtype.kind not in "US" or embeddings.dtype.kind not in "fiu":
+        raise InputError(
+            f"{path}: expected `genes` (n,) of text and `embeddings` (n, width), found "
+            f"{genes.dtype} {genes.shape} and {embeddings.dtype} {embeddings.shape}"
+        )
+    table = dict(zip(genes.astype(str).tolist(), torch.from_numpy(embeddings), strict=True))
+    if len(table) < len(genes):
+        repeated = len(genes) - len(table)
+        raise InputError(f"{path}: {count(repeated, 'repeated gene')} in `genes`; keep one each")
+    return table
+
+
+def _check_dtypes(path: Path, content: Mapping[str, torch.Tensor]) -> None:
+    """Say what is converted to float32 (width,); refuse what is no real number."""
+    import torch
+
+    dtypes = {str(v.dtype).removeprefix("torch.") for v in content.values()}
+    if any(v.dtype.is_complex or v.dtype == torch.bool for v in content.values()):
+        raise InputError(f"{path}: {', '.join(sorted(dtypes))} values are no embeddings")
+    if dtypes != {"float32"}:
+        log.info("%s: %s values are converted to float32", path, " and ".join(sorted(dtypes)))
+    rows = sum(v.dim() == 2 for v in content.values())
+    if rows:
+        log.info("%s: %s of shape (1, width) flattened", path, count(rows, "row"))
+
+
+def open_tables(args: argparse.Namespace) -> list[Table]:
+    """The tables of --esm-embeddings, all of one width; Arc's if there is no source at all."""
+    paths = args.esm_embeddings or ([] if args.fasta else [arc_table_path(args.dry_run)])
+    tables = [load_table(path) for path in paths if path is not None]
+    for table in tables[1:]:
+        if table.width != tables[0].width:
+            raise InputError(
+                f"tables of different widths: {tables[0].path} has {tables[0].width}, {table.path} "
+                f"has {table.width}; use tables of one ESM2 model"
+            )
+    return tables
