@@ -74,22 +74,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from create_esm_pert_features import (
-    INFER_LOADS,
-    Labels,
-    add_labels_found,
-    manifest_path,
-    names_of_no_file,
-    read_manifest,
-    require_control,
-    resolve_labels,
-    say_left_out,
-    summary,
-    trained_sha256,
-    warn_of_identical,
-    with_vectors,
-    write_features,
-)
+from create_esm_pert_features import INFER_LOADS
 from state_esm_features import __version__
 from state_esm_features.console import (
     STOP_SIGNALS,
@@ -109,6 +94,27 @@ from state_esm_features.console import (
     start_log,
     them,
     warn,
+)
+from state_esm_features.embedding.features import resolve_labels
+from state_esm_features.embedding.features_file import (
+    manifest_path,
+    read_manifest,
+    trained_sha256,
+    write_features,
+)
+from state_esm_features.embedding.labels import (
+    Labels,
+    add_labels_found,
+    names_of_no_file,
+    require_control,
+)
+from state_esm_features.embedding.missing import (
+    say_left_out,
+)
+from state_esm_features.embedding.report import summary
+from state_esm_features.embedding.vectors import (
+    warn_of_identical,
+    with_vectors,
 )
 from state_esm_features.experiment import (
     SECTIONS,

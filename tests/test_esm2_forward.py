@@ -22,10 +22,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from random_esm2 import write_checkpoint
 
-from create_esm_pert_features import Checkpoint, Esm2, embed, embed_all, open_checkpoint
 from state_esm_features.console import InputError
 from state_esm_features.embedding import downloads
 from state_esm_features.embedding.downloads import weights_path
+from state_esm_features.embedding.embed import embed, embed_all
+from state_esm_features.embedding.esm2 import Checkpoint, Esm2, open_checkpoint
 from state_esm_features.embedding.fasta import RESIDUES, windows
 from state_esm_features.options import ESM2_URL, ESM2_WIDTHS
 

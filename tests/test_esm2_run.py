@@ -31,6 +31,8 @@ from random_esm2 import write_checkpoint
 
 import create_esm_pert_features as script
 from state_esm_features.embedding import downloads
+from state_esm_features.embedding import vectors as vectors_module
+from state_esm_features.embedding.cache import network_file_system
 from state_esm_features.embedding.fasta import Proteins, genes_in_header, load_proteins
 
 Create = Callable[..., Result]
@@ -580,7 +582,7 @@ def test_out_of_memory(tmp_path: Path, model: Any, left: int, message: str) -> N
 def test_a_dry_run_computes_nothing(
     tmp_path: Path, create: Create, model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(script, "embed_genes", lambda *_: pytest.fail("computes"))
+    monkeypatch.setattr(vectors_module, "embed_genes", lambda *_: pytest.fail("computes"))
     before = sorted(tmp_path.iterdir())
     done = create(*ALL, *OUT, "--cache", "cache", "--dry-run")
     assert (done.code, done.out) == (0, "")
@@ -589,8 +591,8 @@ def test_a_dry_run_computes_nothing(
 
 
 def test_a_folder_of_this_machine_is_no_network_folder(tmp_path: Path) -> None:
-    assert script.network_file_system(tmp_path) is None
-    assert script.network_file_system(tmp_path / "not" / "yet") is None
+    assert network_file_system(tmp_path) is None
+    assert network_file_system(tmp_path / "not" / "yet") is None
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from test_train_run import FAST, FILES, TINY, make_screen, run_json, stock_comma
 
 import create_esm_pert_features as script
 import train_with_esm_features
+from state_esm_features.embedding.features_file import read_manifest
 from state_esm_features.files import run_lock, sha256_of
 
 NEW = "SIMEXTRA000"
@@ -551,7 +552,7 @@ def test_new_labels_are_added_and_known_ones_stay_bit_identical(add: Any, run: P
         assert all(torch.equal(content[label], old[label]) for label in old)
         assert torch.equal(content[NEW], table()[NEW])
     assert (run / "pert_onehot_map.pt.orig").read_bytes() == old_map
-    manifest = script.read_manifest(run / "pert_features.pt")
+    manifest = read_manifest(run / "pert_features.pt")
     assert manifest is not None
     assert manifest["trained_features_sha256"] == trained_on["features_sha256"]
     assert manifest["sources"] == trained_on["sources"]
@@ -930,7 +931,7 @@ def test_several_processes_add_to_one_run(run: Path, tmp_path: Path) -> None:
             "non-targeting",
         }
         assert all(torch.equal(content[g], table()[g]) for g in ours)
-    manifest = script.read_manifest(run / "pert_features.pt")
+    manifest = read_manifest(run / "pert_features.pt")
     assert manifest is not None
     added = [label for a in manifest["added"] for label in a["labels"]]
     assert sorted(added) == [*ours, "SIMEXTRA009"]

@@ -20,6 +20,7 @@ from test_train_run import FAST, TINY, make_screen, run_json
 
 import create_esm_pert_features
 import train_with_esm_features
+from state_esm_features.embedding import vectors as vectors_module
 from state_esm_features.embedding.gene_names import HGNC_COLUMNS
 
 TABLE = '[features]\nesm-embeddings = "table.pt"\n'
@@ -379,9 +380,7 @@ def test_proteins_are_computed_after_all_checks_and_the_run_resumes(
     write_proteins(folder)
     words = ("--fasta", "p.fasta", "--esm-model", "m.pt", "--device", "cpu", "--cache", "cache")
     with monkeypatch.context() as patch:
-        patch.setattr(
-            create_esm_pert_features, "embed_genes", lambda *_: pytest.fail("computes already")
-        )
+        patch.setattr(vectors_module, "embed_genes", lambda *_: pytest.fail("computes already"))
         done = train(*words, "--dry-run")
         assert done.code == 0, done.err
         lines = done.err.splitlines()

@@ -53,6 +53,7 @@ from test_train_run import (
 
 import train_with_esm_features as script
 from state_esm_features.console import InputError, start_log
+from state_esm_features.embedding.features_file import read_manifest
 from state_esm_features.options import LAYOUTS
 
 Run = Callable[..., Result]
@@ -138,7 +139,7 @@ def plan(folder: Path, words: tuple[str, ...]) -> Callable[..., script.Plan]:
 
     def of(*arguments: object) -> script.Plan:
         args = script.parse([*words, *TINY, *map(str, arguments)])
-        manifest = script.read_manifest(args.pert_features)
+        manifest = read_manifest(args.pert_features)
         return script.make_plan(
             args, args.output_dir.absolute() / args.name, None, manifest, Path()
         )

@@ -23,6 +23,9 @@ import time
 from pathlib import Path
 from statistics import median
 
+from state_esm_features.embedding.cache import Cache
+from state_esm_features.embedding.embed import embed, embed_all
+from state_esm_features.embedding.esm2 import Esm2, open_checkpoint
 from state_esm_features.embedding.fasta import Recipe, read_fasta
 from state_esm_features.files import sha256_of
 
@@ -95,14 +98,12 @@ def ours(folder: Path, precision: str) -> float:
 
     import torch
 
-    import create_esm_pert_features as ours
-
-    checkpoint = ours.open_checkpoint("model.pt", folder / "model.pt")
-    model = ours.Esm2(checkpoint, torch.device("cpu"), getattr(torch, precision))
-    ours.embed(model, "MK" * 100, model.layers, "window", threading.Event())
+    checkpoint = open_checkpoint("model.pt", folder / "model.pt")
+    model = Esm2(checkpoint, torch.device("cpu"), getattr(torch, precision))
+    embed(model, "MK" * 100, model.layers, "window", threading.Event())
     start = time.perf_counter()
     names = {s: header for header, s in read_fasta(folder / "p.fasta")}
-    embedded = ours.embed_all(model, list(names), model.layers, "window")
+    embedded = embed_all(model, list(names), model.layers, "window")
     vectors = {names[sequence]: vector for sequence, vector in embedded}
     seconds = time.perf_counter() - start
     torch.save(vectors, folder / f"{precision}.pt")
@@ -136,14 +137,12 @@ def cached(folder: Path, proteins: int = 20_000, width: int = 1280) -> None:
     import numpy as np
     import torch
 
-    import create_esm_pert_features as ours
-
     write_inputs(folder, "650M", 1)
     rng = np.random.default_rng(2)
     sequences = ["".join(rng.choice(list("LAGVSERTIDPKQNFYMHWC"), 400)) for _ in range(proteins)]
     (folder / "all.fasta").write_text("".join(f">P{i}\n{s}\n" for i, s in enumerate(sequences)))
     recipe = Recipe(sha256_of(folder / "model.pt"), 33, "mean", "window", "float32")
-    cache = ours.Cache(folder / "esm2_vectors.sqlite")
+    cache = Cache(folder / "esm2_vectors.sqlite")
     for sequence in sequences:
         cache.put(recipe.key(sequence), torch.randn(width))
     command = [sys.executable, str(ROOT / "create_esm_pert_features.py"), "--all-genes"]

@@ -1,0 +1,233 @@
+"""From sequences to vectors: windows, pooling, device, precision, all cores.
+
+The encoder itself stands in `esm2`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
+from typing import TYPE_CHECKING
+
+from state_esm_features.console import InputError, Progress, count, log, out_of_memory, some, warn
+from state_esm_features.embedding.cache import open_cache
+from state_esm_features.embedding.downloads import weights_path
+from state_esm_features.embedding.esm2 import Checkpoint, Esm2, open_checkpoint
+from state_esm_features.embedding.fasta import Proteins, Recipe, windows
+from state_esm_features.embedding.tables import Table
+from state_esm_features.options import ESM2_WIDTHS, WINDOW
+
+if TYPE_CHECKING:
+    import torch
+
+
+def embed(model: Esm2, sequence: str, layer: int, long: str, stop: threading.Event) -> torch.Tensor:
+    """Mean over the residues of a protein, float32 (width,); a window at a time in memory.
+
+    Where windows overlap, a residue's vector is the mean of what they say of it.
+    """
+    import torch
+
+    pieces = windows(len(sequence), long)
+    seen = torch.zeros(len(sequence))
+    for start, end in pieces:
+        seen[start:end] += 1
+    total = torch.zeros(len(model.embedding[0]), dtype=torch.float64)
+    with torch.inference_mode():
+        for start, end in pieces:
+            if stop.is_set():
+                raise CancelledError
+            residues = model(model.tokens(sequence[start:end]), layer)[1:-1]
+            share = 1 / seen[start:end, None].to(residues.device)
+            total += (residues * share).sum(0).cpu()  # MPS has no float64
+    vector = (total / seen.count_nonzero()).float()
+    if not vector.isfinite().all():
+        raise InputError(
+            "ESM2 gave NaN or infinity for a protein that starts with "
+            f"{sequence[:20]}; try --precision float32"
+        )
+    return vector
+
+
+def choose_device(name: str) -> torch.device:
+    """--device; `auto` takes a GPU that is there."""
+    import torch
+
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        name = next(device for device, is_there in there.items() if is_there)
+    if not there[name]:
+        raise InputError(f"--device {name}: torch sees none here; use --device auto or cpu")
+    return torch.device(name)
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """--precision; `auto` is bfloat16 on a GPU made for it, float32 everywhere else."""
+    import torch
+
+    if name != "auto":
+        return name
+    made_for_it = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return "bfloat16" if made_for_it else "float32"
+
+
+def slow_in(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies matrices far more slowly in half precision than in float32.
+
+    Measured, on one thread, each at its best of several: what instructions a CPU has does not say
+    what this build of torch makes of them. Without such instructions half precision took 4 to 50
+    times as long as float32, with them 0.2 to 0.8 times.
+    """
+    import torch
+
+    def seconds(kind: torch.dtype) -> float:
+        x, weight = torch.ones(256, 512, dtype=kind), torch.ones(512, 512, dtype=kind)
+        start = time.perf_counter()
+        torch.nn.functional.linear(x, weight)
+        return time.perf_counter() - start
+
+    cores = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        # in turn, so that whatever else this machine does slows down both
+        half, single = zip(
+            *((seconds(dtype), seconds(torch.float32)) for _ in range(6)), strict=True
+        )
+    finally:
+        torch.set_num_threads(cores)
+    return min(half) > 2 * min(single)
+
+
+def choose_recipe(checkpoint: Checkpoint, args: argparse.Namespace) -> Recipe:
+    """What the command line and the device make of a model."""
+    layer = checkpoint.layers if args.layer is None else args.layer
+    precision = choose_precision(args.precision, choose_device(args.device))
+    return Recipe(checkpoint.sha256, layer, "mean", args.long, precision)
+
+
+def embed_all(
+    model: Esm2, sequences: Sequence[str], layer: int, long: str
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(sequence, vector) of each as it is finished, the longest begun first.
+
+    On a CPU every core has a protein of its own: small matrices do not keep many cores busy.
+    """
+    import torch
+
+    stop = threading.Event()
+    cores, matmul = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    # State's training leaves "medium" for its process (a notebook): float32 may then be less
+    torch.set_float32_matmul_precision("highest")
+    workers = min(cores, len(sequences)) if model.device.type == "cpu" else 1
+    # one thread each, always: the last bit of a vector may differ with the number of threads
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        longest_first = sorted(sequences, key=len, reverse=True)
+        jobs = {pool.submit(embed, model, s, layer, long, stop): s for s in longest_first}
+        for job in as_completed(jobs):
+            yield jobs[job], job.result()
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(cores)
+        torch.set_float32_matmul_precision(matmul)
+
+
+def find_checkpoint(
+    genes: Sequence[str], tables: Sequence[Table], args: argparse.Namespace
+) -> Checkpoint | None:
+    """The model that computes `genes`, as wide as the tables; None if a dry run has no weights."""
+
+    def check_width(width: int | None) -> None:
+        if tables and width not in (None, tables[0].width):
+            fitting = [m for m, w in ESM2_WIDTHS.items() if w == tables[0].width]
+            raise InputError(
+                f"{count(len(genes), 'gene')} not in {tables[0].path} ({some(genes)}) would be "
+                f"computed with {args.esm_model}, which gives {width:,} values a gene; the table "
+                f"has {tables[0].width:,}. Choose an --esm-model of that width"
+                + (f" ({fitting[0]})" if fitting else "")
+                + ", or leave the table out"
+            )
+
+    check_width(ESM2_WIDTHS.get(args.esm_model))  # before gigabytes are downloaded
+    path = weights_path(args.esm_model, args.dry_run)
+    if path is None:
+        return None
+    checkpoint = open_checkpoint(args.esm_model, path)
+    check_width(checkpoint.width)
+    if args.layer is not None and not 0 <= args.layer <= checkpoint.layers:
+        raise InputError(
+            f"--layer {args.layer}: {args.esm_model} has layers 0 (embeddings) to "
+            f"{checkpoint.layers}"
+        )
+    return checkpoint
+
+
+def embed_genes(
+    genes: Sequence[str],
+    proteins: Proteins,
+    checkpoint: Checkpoint,
+    args: argparse.Namespace,
+    for_run: bool,
+) -> dict[str, torch.Tensor]:
+    """{gene: mean vector of its proteins, float32 (width,)}; each sequence is embedded once.
+
+    Raises
+    ------
+    InputError
+        The device is not there or out of memory, or a vector is not finite.
+    """
+    import torch
+
+    device = choose_device(args.device)
+    recipe = choose_recipe(checkpoint, args)
+    layer, precision = recipe.layer, recipe.precision
+    proteins.recipe, proteins.width = recipe, checkpoint.width
+    sequences = list(dict.fromkeys(p.sequence for gene in genes for p in proteins[gene]))
+    long = sum(len(s) > WINDOW for s in sequences)
+    if long and args.long == "truncate":
+        warn(f"{count(long, 'protein')} cut after {WINDOW:,} residues by --long truncate")
+    cache = open_cache(args)
+    found = {s: cache.get(recipe.key(s)) for s in sequences}
+    vectors = {s: vector for s, vector in found.items() if vector is not None}
+    missing = [s for s in sequences if s not in vectors]
+    log.info(
+        "%s of %s: %s in the cache, %s to compute with %s on %s in %s",
+        *(count(len(sequences), "protein"), count(len(genes), "gene"), f"{len(vectors):,}"),
+        *(f"{len(missing):,}", args.esm_model, device.type, precision),
+    )
+    if missing:
+        dtype = getattr(torch, precision)
+        if device.type == "cpu" and dtype != torch.float32 and slow_in(dtype):
+            choice = "" if for_run else "--precision "
+            warn(f"{precision} is slow on this CPU, {choice}float32 is faster")
+        try:
+            model = Esm2(checkpoint, device, dtype)
+            progress = Progress(missing)
+            for sequence, vector in embed_all(model, missing, layer, args.long):
+                vectors[sequence] = vector
+                cache.put(recipe.key(sequence), vector)
+                progress.add(sequence)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            other = "--device cpu"
+            if not for_run:
+                other = f"--precision bfloat16, {other} or a smaller --esm-model"
+            raise InputError(
+                f"out of memory on {device.type}, where {args.esm_model} in {precision} and one "
+                f"window of {WINDOW:,} residues must fit; what is finished is kept. Free memory "
+                f"there, or choose {other}"
+            ) from error
+    cache.close()
+    return {
+        gene: torch.stack([vectors[p.sequence] for p in proteins[gene]]).double().mean(0).float()
+        for gene in genes
+    }

@@ -1,0 +1,128 @@
+"""The features file and its manifest: both are written, or neither.
+
+What the vectors mean is not known here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from state_esm_features import __version__
+from state_esm_features.console import log
+from state_esm_features.embedding.labels import Labels
+from state_esm_features.embedding.resolve import Gene, Resolution, Resolver, Source, how_resolved
+from state_esm_features.embedding.vectors import identical, with_vectors
+from state_esm_features.files import as_json, keep, place_to_keep, read_json, sha256_of, staged
+
+if TYPE_CHECKING:
+    import torch
+
+
+MANIFEST_FORMAT = 1
+
+
+def manifest_path(features: Path) -> Path:
+    """FILE.pt -> FILE.pt.json."""
+    return features.with_name(features.name + ".json")
+
+
+def read_manifest(features: Path) -> dict[str, Any] | None:
+    """The manifest of a features file, or None if there is none or it is another file's."""
+    manifest = read_json(manifest_path(features))
+    if manifest is None or manifest.get("format") != MANIFEST_FORMAT:
+        return None
+    return manifest if manifest.get("features_sha256") == sha256_of(features) else None
+
+
+def label_record(resolution: Resolution, sources: Sequence[Source], missing: str) -> dict[str, Any]:
+    """What the manifest says of one label."""
+
+    def fields(part: Gene) -> dict[str, Any]:
+        if part.gene is None or part.source is None:
+            return {}
+        via = {"via": part.via} if part.via else {}
+        origin = sources[part.source].origin(part.gene)
+        return {"gene": part.gene, **via, "source": part.source, **origin}
+
+    record: dict[str, Any] = {"how": how_resolved(resolution, missing)}
+    if len(resolution.parts) == 1:
+        return record | fields(resolution.parts[0])
+    parts = [
+        {"name": p.name, "how": missing if p.how == "missing" else p.how, **fields(p)}
+        for p in resolution.parts
+    ]
+    return record | {"parts": parts}
+
+
+def build_manifest(
+    args: argparse.Namespace,
+    labels: Labels,
+    resolver: Resolver,
+    resolutions: Sequence[Resolution],
+    features: Mapping[str, torch.Tensor],
+    features_sha256: str,
+    command: Sequence[str],
+    ablation: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """The manifest: the same for the same inputs, so it holds no time of day."""
+    import torch
+
+    return {
+        "format": MANIFEST_FORMAT,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "create_esm_pert_features": __version__,
+        },
+        "command": command,
+        "control": labels.control,
+        "width": len(features[labels.control]),
+        "features_sha256": features_sha256,
+        "inputs": labels.inputs,
+        "sources": [source.record() for source in resolver.sources],
+        "symbols": [names.origin for names in resolver.names_read],
+        "policy": {
+            "missing": args.missing,
+            "combine": args.combine,
+            "separator": args.separator,
+            "label_regex": args.label_regex and args.label_regex.pattern,
+            "prefer_previous": args.prefer_previous,
+        },
+        "ablation": ablation,
+        "labels": {r.label: label_record(r, resolver.sources, args.missing) for r in resolutions},
+        "missing": {r.label: r.reason for r in resolutions if r.reason},
+        "identical": identical(with_vectors(resolutions, features)),
+    }
+
+
+def set_aside(path: Path, act: bool) -> None:
+    """Keep a file that this script did not write; a dry run (`act` false) only says so."""
+    if not path.exists() or read_manifest(path) is not None:
+        return
+    kept = keep(path) if act else place_to_keep(path)
+    verb = "is kept" if act else "would be kept"
+    log.warning("%s was not written by this script: it %s as %s", path, verb, kept)
+
+
+def write_features(
+    path: Path, features: Mapping[str, torch.Tensor], manifest: Callable[[str], dict[str, Any]]
+) -> None:
+    """Save the features and their manifest, made from their sha256: both, or neither.
+
+    torch.save is given an open file, not a name: the bytes then do not depend on the name.
+    """
+    import torch
+
+    with staged(path, lambda f: torch.save(dict(features), f)) as new:
+        described = as_json(manifest(sha256_of(new)))
+        with staged(manifest_path(path), lambda f: f.write(described)):
+            set_aside(path, act=True)
+
+
+def trained_sha256(manifest: Mapping[str, Any]) -> str:
+    """sha256 of the features that a run was trained on, before labels were added to its own."""
+    return str(manifest.get("trained_features_sha256", manifest["features_sha256"]))

@@ -1,0 +1,218 @@
+"""From genes to the vectors of labels: read, computed, ablated, combined; and compared.
+
+Where the genes come from is not known here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from state_esm_features.console import InputError, count, some, warn
+from state_esm_features.embedding.embed import embed_genes
+from state_esm_features.embedding.esm2 import Checkpoint
+from state_esm_features.embedding.resolve import Resolution, Source
+from state_esm_features.embedding.tables import Table
+
+if TYPE_CHECKING:
+    import torch
+
+
+def check_vectors(vectors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Refuse NaN, infinity, and vectors of zeros, which State would take for the control."""
+    import torch
+
+    for complaint, test in (
+        ("holds NaN or infinite values", lambda v: not torch.isfinite(v).all()),
+        ("holds only zeros, which State takes for the control", lambda v: not v.any()),
+    ):
+        bad = sorted(gene for gene, v in vectors.items() if test(v))
+        if bad:
+            raise InputError(
+                f"{path}: the vector of {count(len(bad), 'gene')} in use {complaint} "
+                f"({some(bad)}); repair the table, or remove them from it and choose "
+                "--missing mean"
+            )
+
+
+def read_vectors(
+    used: Sequence[Sequence[str]],
+    sources: Sequence[Source],
+    checkpoint: Checkpoint | None,
+    args: argparse.Namespace,
+    for_run: bool,
+) -> dict[str, torch.Tensor]:
+    """{gene: float32 (width,)} of the genes used of each source, looked up or computed.
+
+    Raises
+    ------
+    InputError
+        A vector of a table is not finite or zero; a protein cannot be embedded.
+    """
+    vectors: dict[str, torch.Tensor] = {}
+    for source, genes in zip(sources, used, strict=True):
+        if isinstance(source, Table):
+            found = {gene: source[gene] for gene in genes}
+            check_vectors(found, source.path)
+            vectors |= found
+        elif checkpoint is not None:
+            vectors |= embed_genes(genes, source, checkpoint, args, for_run)
+    return vectors
+
+
+def shuffle_vectors(vectors: Mapping[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
+    """Give every gene the vector of another gene: the negative control of the features.
+
+    Genes are put in random order, those of identical vectors side by side, and the vectors
+    are moved on by as many places as the largest such group has: no gene can keep its own.
+
+    Raises
+    ------
+    InputError
+        More than half of the genes share one vector (or there is one gene only).
+    """
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    groups: dict[bytes, list[str]] = {}
+    for gene in sorted(vectors):
+        groups.setdefault(vectors[gene].numpy().tobytes(), []).append(gene)
+    members = list(groups.values())
+    order = [gene for i in rng.permutation(len(members)) for gene in rng.permutation(members[i])]
+    shift = max(map(len, members))
+    if 2 * shift > len(order):
+        raise InputError(
+            "--ablation shuffle needs genes with different vectors: "
+            f"{shift} of {len(order)} are identical, so some gene would keep its own"
+        )
+    return {
+        str(gene): vectors[str(giver)]
+        for gene, giver in zip(order, order[shift:] + order[:shift], strict=True)
+    }
+
+
+def onehot_vectors(vectors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """One vector a gene, as wide as there are genes: what State takes where it has no features."""
+    import torch
+
+    return dict(zip(sorted(vectors), torch.eye(len(vectors)).unbind(), strict=True))
+
+
+def random_vectors(vectors: Mapping[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
+    """Gaussian vectors that have the mean and spread of the real ones in every dimension."""
+    import numpy as np
+    import torch
+
+    rng = np.random.default_rng(seed)
+    genes = sorted(vectors)
+    real = torch.stack([vectors[gene] for gene in genes]).double().numpy()
+    drawn = real.mean(0) + real.std(0) * rng.standard_normal(real.shape)
+    return dict(zip(genes, torch.from_numpy(drawn).float().unbind(), strict=True))
+
+
+def ablate(
+    vectors: Mapping[str, torch.Tensor], kind: str | None, seed: int
+) -> Mapping[str, torch.Tensor]:
+    """The vectors, or what --ablation puts in their place: {gene: float32 (width,)}."""
+    if kind == "shuffle":
+        return shuffle_vectors(vectors, seed)
+    if kind == "random":
+        return random_vectors(vectors, seed)
+    return onehot_vectors(vectors) if kind == "onehot" else vectors
+
+
+def combine(parts: Sequence[torch.Tensor], how: str) -> torch.Tensor:
+    """Vector of a combination: sum (as scLAMBDA does) or mean of its genes' vectors."""
+    import torch
+
+    stacked = torch.stack(list(parts))
+    return stacked.sum(0) if how == "sum" else stacked.mean(0)
+
+
+def build_features(
+    resolutions: Sequence[Resolution],
+    vectors: Mapping[str, torch.Tensor],
+    width: int,
+    args: argparse.Namespace,
+) -> dict[str, torch.Tensor]:
+    """One vector a label, in the order of the labels.
+
+    The control is zero and adds nothing to a combination. A missing gene gets what --missing
+    says: `mean` is the mean of the vectors of all genes that this run found.
+    """
+    import torch
+
+    zero = torch.zeros(width)
+    filler = zero
+    if args.missing == "mean":
+        filler = torch.stack([vectors[g] for g in sorted(vectors)]).double().mean(0).float()
+    features = {}
+    for resolution in resolutions:
+        genes = [p for p in resolution.parts if p.how != "control"]
+        if genes:
+            found = [vectors[p.gene] if p.gene is not None else filler for p in genes]
+            vector = combine(found, args.combine)
+        else:
+            vector = filler if resolution.reason else zero
+        features[resolution.label] = vector.clone()
+    return features
+
+
+def with_vectors(
+    resolutions: Iterable[Resolution], features: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """{label: vector} of the labels that have one of their own: not the control, not filled in."""
+    return {
+        r.label: features[r.label]
+        for r in resolutions
+        if not r.reason and any(p.how != "control" for p in r.parts)
+    }
+
+
+def identical(vectors: Mapping[str, torch.Tensor]) -> list[list[str]]:
+    """Groups of labels with the same vector, which State cannot tell apart."""
+    groups: dict[bytes, list[str]] = {}
+    for label, vector in vectors.items():
+        groups.setdefault(hashlib.sha256(vector.numpy().data).digest(), []).append(label)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def warn_of_identical(
+    vectors: Mapping[str, torch.Tensor], new: Collection[str] | None = None
+) -> None:
+    """Say which labels State cannot tell apart; of groups with a `new` one only, if given."""
+    same = [g for g in identical(vectors) if new is None or not set(g).isdisjoint(new)]
+    if same:
+        listed = some((" = ".join(group) for group in same), 3)
+        warn(f"State cannot tell labels with the same vector apart: {listed}")
+
+
+def nearest(
+    vectors: Mapping[str, torch.Tensor], wanted: Sequence[str], k: int
+) -> dict[str, list[tuple[str, float]]]:
+    """{label: the k labels of the highest cosine to it, with that cosine, highest first}."""
+    import torch
+
+    block = 1000
+    names = list(vectors)
+    column = {name: i for i, name in enumerate(names)}
+
+    def unit(some_names: Sequence[str]) -> torch.Tensor:
+        stacked = torch.stack([vectors[n] for n in some_names])
+        return torch.nn.functional.normalize(stacked, dim=1, out=stacked)
+
+    found: dict[str, list[tuple[str, float]]] = {}
+    for start in range(0, len(wanted), block):
+        rows = wanted[start : start + block]
+        queries = unit(rows)
+        blocks = range(0, len(names), block)
+        cosine = torch.cat([queries @ unit(names[i : i + block]).T for i in blocks], dim=1)
+        cosine[range(len(rows)), [column[name] for name in rows]] = -torch.inf
+        best = cosine.topk(min(k, len(names) - 1))
+        for name, values, indices in zip(rows, best.values, best.indices, strict=True):
+            near = zip(indices.tolist(), values.tolist(), strict=True)
+            found[name] = [(names[i], cosine) for i, cosine in near]
+    return found
