@@ -140,6 +140,9 @@ from state_esm_features.options import (
     options_of_toml,
     say_options_of_toml,
 )
+from state_esm_features.training.stock import (
+    INFER_LOADS,
+)
 
 if TYPE_CHECKING:
     import h5py
@@ -217,10 +220,6 @@ if TYPE_CHECKING:
 
 WAIT_SECONDS = 60
 """How long to wait for another process that adds labels to the same run."""
-
-
-INFER_LOADS = ("state", "neuralot", "pertsets")
-"""model.name of the models that `state tx infer` loads: it knows one class of State 0.11.1."""
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,8 @@ import train_with_esm_features as script
 from state_esm_features.console import InputError, start_log
 from state_esm_features.embedding.features_file import read_manifest
 from state_esm_features.options import LAYOUTS
+from state_esm_features.training import fast_copies
+from state_esm_features.training.fast_copies import BLOCK, make_copies
 
 Run = Callable[..., Result]
 
@@ -69,7 +71,9 @@ MEASURE_MEMORY = """
 import sys
 from pathlib import Path
 import filelock, h5py, numpy, psutil, scipy.sparse, tqdm
-import train_with_esm_features as script
+from state_esm_features.files import data_file_origin
+from state_esm_features.training.data import Columns
+from state_esm_features.training.fast_copies import FastCopy, FastLoading, make_copies
 
 def peak():
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -77,12 +81,12 @@ def peak():
 
 source, target, layout = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 made_of = {"obs": ["batch_var", "cell_type", "target_gene"], "matrices": ["X"]}
-made_of |= script.data_file_origin(source)
-fast = script.FastLoading(
-    layout, target.parent, {source: script.FastCopy(source, target, 1, made_of)}
+made_of |= data_file_origin(source)
+fast = FastLoading(
+    layout, target.parent, {source: FastCopy(source, target, 1, made_of)}
 )
 before = peak()
-script.make_copies(fast, script.Columns("target_gene", "batch_var", "cell_type", "non-targeting"))
+make_copies(fast, Columns("target_gene", "batch_var", "cell_type", "non-targeting"))
 print(peak() - before)
 """
 
@@ -155,7 +159,7 @@ def copied(plan: Callable[..., script.Plan]) -> Callable[..., script.Plan]:
         made = plan(*arguments)
         assert made.fast is not None
         start_log(quiet=False)
-        script.make_copies(made.fast, made.data.columns)
+        make_copies(made.fast, made.data.columns)
         Path(COPIES).write_text(script.toml_of_run(made))
         return made
 
@@ -732,7 +736,7 @@ def test_source_that_changes_while_it_is_read_is_refused(
     assert made.fast is not None
     os.utime(folder / "sim.h5ad", (1, 1))
     with pytest.raises(InputError) as error:
-        script.make_copies(made.fast, made.data.columns)
+        make_copies(made.fast, made.data.columns)
     assert str(error.value) == f"{folder}/sim.h5ad changed while it was read; start again"
     assert [p.suffix for p in (folder / "runs/data_cache").iterdir()] == [".lock"]
 
@@ -1009,10 +1013,10 @@ def test_copy_is_the_same_whatever_the_size_of_a_block(
         data.X = scipy.sparse.diags((np.arange(data.n_obs) % 4 == 1).astype("f4")) @ data.X
         data.X = scipy.sparse.csr_matrix(data.X)
     data.write_h5ad(folder / "sim.h5ad", compression="gzip")
-    assert script.BLOCK == 8_000_000
+    assert BLOCK == 8_000_000
     whole = content(only_copy(copied("--fast-loading", layout)))
     for block in (50, 7, 1000):
-        monkeypatch.setattr(script, "BLOCK", block)
+        monkeypatch.setattr(fast_copies, "BLOCK", block)
         again = copied("--fast-loading", layout, "--data-cache", f"cache{block}")
         assert content(only_copy(again)) == whole
     rows = anndata.read_h5ad(only_copy(again))

@@ -26,6 +26,16 @@ from test_train_run import FAST, make_screen, run_json, stock_command
 import create_esm_pert_features
 import train_with_esm_features as script
 from state_esm_features.console import Findings
+from state_esm_features.training.data import DataFile
+from state_esm_features.training.model_check import as_run_tx_train, data_dims, try_model
+from state_esm_features.training.preflight import inspect_data
+from state_esm_features.training.stock import (
+    compose,
+    overrides_of,
+    quoted,
+    set_length,
+    stock_models,
+)
 
 Run = Callable[..., Result]
 
@@ -58,11 +68,11 @@ BACKBONE |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_he
 
 def small(model: str) -> list[str]:
     """Overrides of what this configuration has of sizes."""
-    kwargs = script.compose([f"model={model}"])["model"]["kwargs"]
+    kwargs = compose([f"model={model}"])["model"]["kwargs"]
     backbone = kwargs.get("transformer_backbone_kwargs", {})
     settings = {k: v for k, v in SMALLER.items() if k in kwargs}
     settings |= {f"transformer_backbone_kwargs.{k}": BACKBONE[k] for k in BACKBONE if k in backbone}
-    return [f"model.kwargs.{key}={script.quoted(value)}" for key, value in settings.items()]
+    return [f"model.kwargs.{key}={quoted(value)}" for key, value in settings.items()]
 
 
 @pytest.fixture(scope="module")
@@ -223,12 +233,12 @@ def stock_training(model: str, file: str, key: str | None, space: str, output: P
         "output_dir": output,
         "name": "stock",
     }
-    run_tx_train(OmegaConf.create(script.compose([*script.overrides_of(settings), *small(model)])))
+    run_tx_train(OmegaConf.create(compose([*overrides_of(settings), *small(model)])))
 
 
 def test_these_are_the_models_of_state() -> None:
     """A new one is to be tried."""
-    assert script.stock_models() == MODELS
+    assert stock_models() == MODELS
 
 
 @pytest.mark.slow
@@ -598,12 +608,12 @@ def test_matrix_that_cell_load_does_not_read_may_be_missing(
 # --- as State makes it --------------------------------------------------------------------------
 
 
-def plan_of(run_dir: Path) -> tuple[dict[str, Any], list[script.DataFile]]:
+def plan_of(run_dir: Path) -> tuple[dict[str, Any], list[DataFile]]:
     """(stock configuration, files) of a run, read again."""
-    stock = script.compose(run_json(run_dir)["overrides"])
+    stock = compose(run_json(run_dir)["overrides"])
     found = Findings()
     asked = {"data.kwargs.pert_col": "target_gene"}
-    data = script.inspect_data(run_dir / "config.toml", asked, stock["data"]["kwargs"], found)
+    data = inspect_data(run_dir / "config.toml", asked, stock["data"]["kwargs"], found)
     assert data is not None and found.problems == []
     return stock, data.files
 
@@ -611,13 +621,13 @@ def plan_of(run_dir: Path) -> tuple[dict[str, Any], list[script.DataFile]]:
 def size_is_right(run_dir: Path, final: dict[str, Any]) -> bool:
     """The size that is planned with is that of the file; the decoder is the one that was made."""
     stock, files = plan_of(run_dir)
-    dims = script.data_dims(files, SMALL.width)
-    decoder = script.as_run_tx_train(stock, dims)["model"]["kwargs"].get("decoder_cfg")
+    dims = data_dims(files, SMALL.width)
+    decoder = as_run_tx_train(stock, dims)["model"]["kwargs"].get("decoder_cfg")
     assert final["hyper_parameters"]["decoder_cfg"] == decoder
     module = torch.load(run_dir / "data_module.torch", weights_only=False)
-    assert script.set_length(stock) == module["cell_sentence_len"]
-    size = script.try_model(stock, dims).checkpoint
-    assert stock == script.compose(run_json(run_dir)["overrides"])  # State writes into its own
+    assert set_length(stock) == module["cell_sentence_len"]
+    size = try_model(stock, dims).checkpoint
+    assert stock == compose(run_json(run_dir)["overrides"])  # State writes into its own
     real = (run_dir / "checkpoints" / "final.ckpt").stat().st_size
     assert size is not None
     return size < real < 1.02 * size + 50_000
@@ -660,13 +670,13 @@ def test_widths_are_those_that_the_data_module_gives_state(
     from cell_load.data_modules import PerturbationDataModule
 
     done = run("--dry-run", *options_of(key, space))
-    stock = script.compose(shlex.split(done.out)[4 if done.out.startswith("PYTHON") else 3 :])
-    data = script.inspect_data(Path("sim.toml"), {}, stock["data"]["kwargs"], Findings())
+    stock = compose(shlex.split(done.out)[4 if done.out.startswith("PYTHON") else 3 :])
+    data = inspect_data(Path("sim.toml"), {}, stock["data"]["kwargs"], Findings())
     assert data is not None
     module = PerturbationDataModule(cell_sentence_len=4, batch_size=2, **stock["data"]["kwargs"])
     module.setup()
     real = module.get_var_dims()
-    ours = script.data_dims(data.files, SMALL.width)
+    ours = data_dims(data.files, SMALL.width)
     assert ours == {name: real[name] for name in ours}
     assert (ours["batch_dim"], ours["hvg_dim"]) == (2, 10)
 
@@ -681,8 +691,8 @@ def test_batches_are_counted_over_all_files_and_kinds_of_column(tmp_path: Path) 
     config = Path(write_files(tmp_path, a=lanes(0), b=lanes(1)))
     for column, expected in (("lane", 4), ("batch_var", 2)):
         asked = {"data.kwargs.batch_col": column}
-        stock = script.compose(["model=state_sm"])
+        stock = compose(["model=state_sm"])
         found = Findings()
-        data = script.inspect_data(config, asked, stock["data"]["kwargs"], found)
+        data = inspect_data(config, asked, stock["data"]["kwargs"], found)
         assert data is not None and found.problems == []
-        assert script.data_dims(data.files, 8)["batch_dim"] == expected
+        assert data_dims(data.files, 8)["batch_dim"] == expected

@@ -28,6 +28,11 @@ from state_esm_features.console import Findings
 from state_esm_features.files import available_memory
 from state_esm_features.h5ad import gene_names
 from state_esm_features.options import BATCH_COLUMNS
+from state_esm_features.training import preflight
+from state_esm_features.training.data import Columns, Data, DataFile
+from state_esm_features.training.model_check import try_model
+from state_esm_features.training.preflight import check_disk, choose_workers, inspect_data
+from state_esm_features.training.stock import compose
 
 Train = Callable[..., Result]
 Refused = Callable[..., None]
@@ -1345,8 +1350,8 @@ def test_splits_are_those_of_the_data_module(
 ) -> None:
     toml(ready, (TRAIN if trains else DATASETS) + held)
     found = Findings()
-    stock = script.compose([])["data"]["kwargs"]
-    data = script.inspect_data(Path("config.toml"), {}, stock, found)
+    stock = compose([])["data"]["kwargs"]
+    data = inspect_data(Path("config.toml"), {}, stock, found)
     if trains:
         assert data is not None
         assert tuple(sum(data.splits[s].values()) for s in ("train", "val", "test")) == cells
@@ -1364,8 +1369,8 @@ def test_splits_of_two_datasets_are_those_of_the_data_module(ready: Path, screen
         '[datasets]\na = "a.h5ad"\nb = "b.h5ad"\n[training]\na = "train"\n'
         '[zeroshot]\n"b.simA" = "test"\n[fewshot."a.simB"]\nval = ["SIM003"]\n',
     )
-    stock = script.compose([])["data"]["kwargs"]
-    data = script.inspect_data(Path("config.toml"), {}, stock, Findings())
+    stock = compose([])["data"]["kwargs"]
+    data = inspect_data(Path("config.toml"), {}, stock, Findings())
     assert data is not None
     assert data.splits == real_splits(ready)
     assert {k: sum(v.values()) for k, v in data.splits.items()} == {
@@ -1401,7 +1406,7 @@ def test_too_little_space_for_the_checkpoints_is_refused(
 
 def test_enormous_checkpoints_do_not_fit_on_the_real_disk(tmp_path: Path) -> None:
     found = Findings()
-    script.check_disk(10**18, 0, tmp_path / "not" / "yet" / "there", 0, found)
+    check_disk(10**18, 0, tmp_path / "not" / "yet" / "there", 0, found)
     assert len(found.problems) == 1
     assert re.fullmatch(
         rf"not enough space in {re.escape(str(tmp_path))}: 4 checkpoints of 1000000000\.00 GB need "
@@ -1415,7 +1420,7 @@ def checkpoint_of(model: str, genes: int, pert_width: int) -> int | None:
     """Bytes of a checkpoint of a model trained on X."""
     dims = {"input_dim": genes, "gene_dim": genes, "hvg_dim": genes, "output_dim": genes}
     names = {"gene_names": [f"G{i}" for i in range(genes)], "pert_dim": pert_width, "batch_dim": 3}
-    return script.try_model(script.compose([f"model={model}"]), dims | names).checkpoint
+    return try_model(compose([f"model={model}"]), dims | names).checkpoint
 
 
 def test_state_sm_of_the_challenge_takes_the_size_that_was_measured() -> None:
@@ -1443,7 +1448,7 @@ def test_space_for_another_model_than_state_is_checked_too(
 
 def machine(monkeypatch: pytest.MonkeyPatch, cores: int, memory: int) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
-    monkeypatch.setattr(script, "available_memory", lambda: memory)
+    monkeypatch.setattr(preflight, "available_memory", lambda: memory)
 
 
 def workers_of(done: Result) -> int:
@@ -1485,18 +1490,16 @@ def test_without_validation_the_memory_is_for_the_training_workers(
 
 def test_a_worker_caches_at_most_ten_thousand_rows() -> None:
     cells = np.array([[10**6]])
-    one = script.DataFile(
-        *("d", Path("x"), ["a"], ["t"], cells, [], 18_080, True, True, {}, frozenset())
-    )
-    columns = script.Columns("p", "b", "t", CONTROL)
-    data = script.Data(None, columns, [one], {"train": {}, "val": {}, "test": {}})  # type: ignore[arg-type]
-    stock = script.compose(["model=state_sm", "training.batch_size=1"])
+    one = DataFile(*("d", Path("x"), ["a"], ["t"], cells, [], 18_080, True, True, {}, frozenset()))
+    columns = Columns("p", "b", "t", CONTROL)
+    data = Data(None, columns, [one], {"train": {}, "val": {}, "test": {}})  # type: ignore[arg-type]
+    stock = compose(["model=state_sm", "training.batch_size=1"])
     each = 4 * 18_080 * (10_000 + 4 * 256)
     with pytest.MonkeyPatch.context() as patch:
         machine(patch, 64, 2 * 7 * each)
-        assert script.choose_workers(stock, data) == 7
+        assert choose_workers(stock, data) == 7
         machine(patch, 64, 2 * 7 * each - 1)
-        assert script.choose_workers(stock, data) == 6
+        assert choose_workers(stock, data) == 6
 
 
 def test_number_of_workers_that_was_given_is_kept(

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 import train_with_esm_features as script
 from state_esm_features.console import InputError
 from state_esm_features.experiment import absolute_paths, dataset_files, load_experiment, toml_text
+from state_esm_features.training.stock import compose, flat, overrides_of, typed_settings
 
 Train = Callable[..., Result]
 CONTROL = "non-targeting"
@@ -74,7 +75,7 @@ def stock_configuration(done: Result) -> dict[str, Any]:
     from state.__main__ import load_hydra_config
 
     cfg = load_hydra_config("tx", stock_overrides(done))
-    return script.flat(OmegaConf.to_container(cfg, resolve=True))
+    return flat(OmegaConf.to_container(cfg, resolve=True))
 
 
 CELL_TYPES = ("simA", "simB")
@@ -111,8 +112,8 @@ EXAMPLES += ["${oc.env:HOME}", "\\${x}", "$${x}\\", "${", "A+B|C", "a=b", "#", "
 
 def test_awkward_text_comes_out_of_the_stock_configuration_as_it_went_in() -> None:
     wanted = {f"k{i}": text for i, text in enumerate(EXAMPLES)}
-    overrides = script.overrides_of({f"+new.{k}": text for k, text in wanted.items()})
-    assert script.compose(overrides)["new"] == wanted
+    overrides = overrides_of({f"+new.{k}": text for k, text in wanted.items()})
+    assert compose(overrides)["new"] == wanted
 
 
 @settings(max_examples=300, deadline=None)
@@ -121,11 +122,11 @@ def test_any_text_survives_the_grammar_of_hydra_and_omegaconf(text: str) -> None
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from omegaconf import OmegaConf
 
-    (override,) = script.overrides_of({"data.kwargs.control_pert": text})
+    (override,) = overrides_of({"data.kwargs.control_pert": text})
     value = OverridesParser.create().parse_override(override).value()
     resolved = OmegaConf.to_container(OmegaConf.create({"k": value}), resolve=True)
     assert resolved == {"k": text}
-    assert script.typed_settings([override]).keys() == {"data.kwargs.control_pert"}
+    assert typed_settings([override]).keys() == {"data.kwargs.control_pert"}
 
 
 @settings(max_examples=15, deadline=None)
@@ -133,12 +134,12 @@ def test_any_text_survives_the_grammar_of_hydra_and_omegaconf(text: str) -> None
 @example(EXAMPLES)
 @example([])
 def test_lists_of_text_come_out_as_they_went_in(texts: list[str]) -> None:
-    assert script.compose(script.overrides_of({"wandb.tags": texts}))["wandb"]["tags"] == texts
+    assert compose(overrides_of({"wandb.tags": texts}))["wandb"]["tags"] == texts
 
 
 @pytest.mark.parametrize("value", [None, True, False, 0, -3, 10**12, 0.0001, [1, 2], [None, "a b"]])
 def test_values_that_are_not_text_keep_their_type(value: object) -> None:
-    composed = script.compose(script.overrides_of({"wandb.tags": value}))["wandb"]["tags"]
+    composed = compose(overrides_of({"wandb.tags": value}))["wandb"]["tags"]
     assert composed == value
     assert type(composed) is type(value)
 
@@ -160,9 +161,7 @@ def test_awkward_control_label_reaches_the_stock_command(
 
 def test_what_is_not_given_is_stock(train: Train) -> None:
     """All that differs from stock is what the data, the names and the defaults decide."""
-    default = script.flat(
-        script.compose([]) | {"model": script.compose(["model=state_sm"])["model"]}
-    )
+    default = flat(compose([]) | {"model": compose(["model=state_sm"])["model"]})
     ours = stock_configuration(train("--num-workers", 12))
     assert {k: v for k, v in ours.items() if default.get(k, "absent") != v} == {
         "data.kwargs.toml_config_path": str(Path.cwd() / "config.toml"),
@@ -400,7 +399,7 @@ def test_configuration_is_the_one_that_stock_composes(overrides: list[str]) -> N
     from state.__main__ import load_hydra_config
 
     theirs = OmegaConf.to_container(load_hydra_config("tx", overrides), resolve=True)
-    assert script.compose(overrides) == theirs
+    assert compose(overrides) == theirs
 
 
 def test_printed_command_gives_the_configuration_of_the_plan(ready: Path) -> None:
@@ -414,14 +413,14 @@ def test_printed_command_gives_the_configuration_of_the_plan(ready: Path) -> Non
     theirs = OmegaConf.to_container(
         load_hydra_config("tx", words[words.index("train") + 1 :]), resolve=True
     )
-    ours = script.flat(plan.stock)
-    assert {k: v for k, v in script.flat(theirs).items() if ours.get(k, "absent") != v} == {
+    ours = flat(plan.stock)
+    assert {k: v for k, v in flat(theirs).items() if ours.get(k, "absent") != v} == {
         "data.kwargs.toml_config_path": str(ready / "config.toml"),
         "data.kwargs.perturbation_features_file": str(ready / "features.pt"),
         "output_dir": str(ready / "elsewhere"),
         "name": "my run",
     }
-    assert ours.keys() == script.flat(theirs).keys()
+    assert ours.keys() == flat(theirs).keys()
 
 
 def test_dry_run_prints_exactly_the_stock_command(train: Train, ready: Path) -> None:

@@ -32,6 +32,7 @@ from typing import Any
 
 from state_esm_features.console import start_log
 from state_esm_features.files import write_whole
+from state_esm_features.training.fast_copies import make_copies
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -107,7 +108,7 @@ def write_copies(folder: Path, name: str, layout: str) -> float:
     plan = script.make_plan(args, folder / "run", None, None, folder)
     assert plan.fast is not None
     start = time.perf_counter()
-    script.make_copies(plan.fast, plan.data.columns)
+    make_copies(plan.fast, plan.data.columns)
     seconds = time.perf_counter() - start
     (folder / f"{name}_{layout}.toml").write_text(script.toml_of_run(plan))
     return seconds

@@ -1,0 +1,1 @@
+"""From the features file to a trained run of State."""

@@ -1,0 +1,286 @@
+"""The data files of a training as cell-load sees them: columns, cells, and their splits.
+
+What is wrong with them stands in `preflight` and `splits`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from state_esm_features.console import Findings, InputError, count
+from state_esm_features.embedding.labels import require_control
+from state_esm_features.experiment import SPLITS, leave_out
+from state_esm_features.h5ad import (
+    LacksColumn,
+    Unreadable,
+    find_column,
+    find_unreadable,
+    gene_names,
+    gene_names_node,
+    matrix_shape,
+    open_column,
+    open_h5ad,
+    open_labels,
+    unused_categories,
+)
+from state_esm_features.options import BATCH_COLUMNS, DEFAULT_CONTROL, PERT_COLUMNS
+from state_esm_features.training.expression import check_names_of_output, input_width
+from state_esm_features.training.stock import matrices_read
+
+if TYPE_CHECKING:
+    import h5py
+    import numpy as np
+    from cell_load.config import ExperimentConfig
+
+
+@dataclass(frozen=True)
+class Columns:
+    """obs columns and the control label, as cell-load is told."""
+
+    pert: str
+    batch: str
+    cell_type: str
+    control: str
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """What the preflight reads of one data file: no expression but a sample.
+
+    Attributes
+    ----------
+    labels, cell_types
+        Categories of the perturbation and cell type columns.
+    cells
+        int (cell types, labels): number of cells.
+    genes
+        Gene names in order, as cell-load reads them.
+    width
+        Columns of what the model is fed: X, or obsm[embed_key].
+    log1p
+        The file carries uns/log1p.
+    unused
+        Those of `labels` that no cell has.
+    grouped
+        The cells of a (cell type, label) stand together, as stock's consecutive loading needs.
+    matrices
+        {X or obsm/KEY: its columns}.
+    batches
+        Different values of the batch column, as text.
+    unreadable
+        Nodes that cell-load cannot read as they are stored.
+    """
+
+    dataset: str
+    path: Path
+    labels: list[str]
+    cell_types: list[str]
+    cells: np.ndarray
+    genes: list[str]
+    width: int
+    log1p: bool
+    grouped: bool
+    matrices: Mapping[str, int]
+    batches: frozenset[str]
+    unreadable: Sequence[Unreadable] = ()
+    unused: Collection[str] = ()
+
+
+def find_columns(
+    files: Mapping[Path, Sequence[str]],
+    by_dataset: Mapping[str, Sequence[Path]],
+    asked: Mapping[str, Any],
+    found: Findings,
+) -> Columns | None:
+    """The columns to use, by script 1's rule; None if one cannot be found."""
+    batch_advice = (
+        "; State does not use the batch unless you tell it to, but cell-load needs a column: any "
+        "one that every file has will do"
+    )
+    names: dict[str, str] = {}
+    odd: Sequence[Path] = ()
+    for key, flag, candidates in (
+        ("pert_col", "--pert-col", PERT_COLUMNS),
+        ("cell_type_key", "--cell-type-key", ("cell_type",)),
+        ("batch_col", "--batch-col", BATCH_COLUMNS),
+    ):
+        try:
+            names[key] = find_column(files, asked.get(f"data.kwargs.{key}"), candidates, flag)
+        except InputError as error:
+            advice = batch_advice if key == "batch_col" else ""
+            if advice and "cell_type_key" in names:
+                advice += f", e.g. --batch-col {names['cell_type_key']}"
+            if isinstance(error, LacksColumn) and error.files != odd:  # said of each file once
+                odd = error.files
+                advice += leave_out(odd, by_dataset)
+            found.problems.append(f"{error}{advice}")
+    if not {"pert_col", "cell_type_key"} <= set(names):
+        return None
+    control = asked.get("data.kwargs.control_pert") or DEFAULT_CONTROL
+    batch = names.get("batch_col", "")  # without one, the rest is checked all the same
+    return Columns(names["pert_col"], batch, names["cell_type_key"], str(control))
+
+
+def inspect_file(
+    dataset: str, path: Path, columns: Columns, kwargs: Mapping[str, Any], found: Findings
+) -> DataFile | None:
+    """Read the metadata of a data file and note what cell-load would trip over."""
+    import numpy as np
+
+    with found.collect(), open_h5ad(path) as file:
+        labels, codes = open_labels(file, columns.pert)
+        label_codes = codes[:].astype(np.int64)
+        cell_types, codes = open_labels(file, columns.cell_type)
+        type_codes = codes[:].astype(np.int64)
+        with found.collect():
+            require_control(columns.control, labels, path, columns.pert)
+        unlabelled = int((label_codes < 0).sum())
+        if unlabelled:
+            what = f"; cell-load would train them as {labels[-1]!r}" if labels else ""
+            found.problems.append(
+                f"{path}: {count(unlabelled, 'cell')} without a label in {columns.pert!r}{what}. "
+                "Remove them, or label them"
+            )
+        untyped = int((type_codes < 0).sum())
+        if untyped:
+            found.warnings.append(
+                f"{path}: {count(untyped, 'cell')} without a cell type in {columns.cell_type!r} "
+                "are not read"
+            )
+        width = input_width(file, kwargs, found)
+        check_names_of_output(file, kwargs, width, found)
+        known = (label_codes >= 0) & (type_codes >= 0)
+        groups = type_codes * len(labels) + label_codes
+        cells = np.bincount(groups[known], minlength=len(labels) * len(cell_types))
+        return DataFile(
+            dataset=dataset,
+            path=path,
+            labels=labels,
+            cell_types=cell_types,
+            cells=cells.reshape(len(cell_types), len(labels)),
+            genes=gene_names(file),
+            width=width,
+            log1p="uns" in file and "log1p" in file["uns"],
+            grouped=int((np.diff(groups) != 0).sum()) < len(np.unique(groups)),
+            matrices=matrices_of(file),
+            batches=frozenset(map(str, open_column(file, columns.batch)[0]))
+            if columns.batch
+            else frozenset(),
+            unreadable=find_unreadable(file, nodes_read(file, columns, kwargs)),
+            unused=unused_categories(labels, [label_codes]),
+        )
+    return None
+
+
+def nodes_read(file: h5py.File, columns: Columns, kwargs: Mapping[str, Any]) -> dict[str, str]:
+    """{node: what is read there}, as `CELL_LOAD_READS` has it, of all that cell-load opens.
+
+    Parameters
+    ----------
+    kwargs
+        Of the data module.
+    """
+    names = gene_names_node(file)
+    nodes = {
+        f"obs/{columns.pert}": "labels",
+        f"obs/{columns.cell_type}": "labels",
+        f"obs/{columns.batch}": "column" if columns.batch else "",
+        **{f"obs/{name}": "column" for name in kwargs.get("additional_obs") or ()},
+        "obs/_index": "names" if kwargs.get("barcode") else "",
+        str(names): "gene names" if names == "var/gene_name" else "names",
+        **{name: "X" if name == "X" else "matrix" for name in matrices_read(kwargs)},
+    }
+    if kwargs["output_space"] == "gene":
+        mask = "var/highly_variable"
+        nodes |= {mask: "mask"} if file.get(mask) is not None else {"uns/hvg_names": "names"}
+    return {name: what for name, what in nodes.items() if what}
+
+
+def matrices_of(file: h5py.File) -> dict[str, int]:
+    """{X or obsm/KEY: its columns} of every matrix that is one."""
+    obsm = file.get("obsm")
+    columns = {}
+    for name in ("X", *(f"obsm/{key}" for key in getattr(obsm, "keys", tuple)())):
+        with contextlib.suppress(InputError, KeyError):
+            columns[name] = matrix_shape(file[name])[1]
+    return columns
+
+
+def split_cells(
+    experiment: ExperimentConfig, files: Sequence[DataFile], control: str
+) -> dict[str, dict[str, int]]:
+    """{split: {label: perturbed cells}} by cell-load's rule.
+
+    A cell type under [zeroshot] goes whole to its split; one under [fewshot] gives the labels
+    named there to val and test and the rest to train; others train if their dataset does.
+    """
+    splits: dict[str, dict[str, int]] = {s: {} for s in SPLITS}
+    for f in files:
+        zeroshot = experiment.get_zeroshot_celltypes(f.dataset)
+        fewshot = experiment.get_fewshot_celltypes(f.dataset)
+        trains = experiment.training.get(f.dataset) == "train"
+        for cell_type, row in zip(f.cell_types, f.cells, strict=True):
+            held = fewshot.get(cell_type, {})
+            for label, n in zip(f.labels, map(int, row), strict=True):
+                if n == 0 or label == control:
+                    continue
+                if cell_type in zeroshot:
+                    into = [zeroshot[cell_type]]
+                elif cell_type in fewshot:
+                    into = [s for s in ("val", "test") if label in held.get(s, ())] or ["train"]
+                else:
+                    into = ["train"] if trains else []
+                for split in into:
+                    splits[split][label] = splits[split].get(label, 0) + n
+    return splits
+
+
+def labels_with_cells(files: Sequence[DataFile], dataset: str, cell_type: str) -> set[str]:
+    """Labels of which a cell type of a dataset has cells."""
+    return {
+        label
+        for f in files
+        if f.dataset == dataset and cell_type in f.cell_types
+        for label, n in zip(f.labels, f.cells[f.cell_types.index(cell_type)], strict=True)
+        if n
+    }
+
+
+def parts_of_cell_types(
+    experiment: ExperimentConfig, files: Sequence[DataFile], control: str
+) -> Iterator[tuple[DataFile, str, dict[str, dict[str, int]]]]:
+    """(file, cell type, its split_cells) of every cell type that cell-load reads."""
+    for f, i in cell_types_read(experiment, files):
+        only = replace(f, cell_types=[f.cell_types[i]], cells=f.cells[i : i + 1])
+        yield f, f.cell_types[i], split_cells(experiment, [only], control)
+
+
+def cell_types_read(
+    experiment: ExperimentConfig, files: Sequence[DataFile]
+) -> Iterator[tuple[DataFile, int]]:
+    """(file, number of the cell type) of every cell type that cell-load reads."""
+    for f in files:
+        for i, cell_type in enumerate(f.cell_types):
+            if f.cells[i].any() and is_read(experiment, f.dataset, cell_type):
+                yield f, i
+
+
+def is_read(experiment: ExperimentConfig, dataset: str, cell_type: str) -> bool:
+    """Whether cell-load reads a cell type: held out somewhere, or of a dataset that trains."""
+    key = f"{dataset}.{cell_type}"
+    held_out = key in experiment.zeroshot or key in experiment.fewshot
+    return held_out or dataset in experiment.training
+
+
+@dataclass(frozen=True)
+class Data:
+    """The data of a run, as far as the preflight reads it."""
+
+    experiment: ExperimentConfig
+    columns: Columns
+    files: list[DataFile]
+    splits: dict[str, dict[str, int]]

@@ -1,0 +1,137 @@
+"""The features file of a training, held against its data.
+
+How features are made is not known here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from state_esm_features.console import Findings, InputError, count, have, some
+from state_esm_features.embedding.features_file import trained_sha256
+from state_esm_features.embedding.missing import say_left_out
+from state_esm_features.files import existing_file, read_torch, sha256_of
+from state_esm_features.options import DEFAULT_CONTROL
+from state_esm_features.training.data import Data
+
+
+def check_features(
+    path: Path, manifest: Mapping[str, Any] | None, data: Data | None, found: Findings
+) -> dict[str, Any]:
+    """Hold the features file against the data; returns {sha256, width, labels, ablation}.
+
+    cell-load takes the width from the first vector, gives a label without a vector zeros, the
+    vector of the control, and says so at INFO level only.
+
+    Parameters
+    ----------
+    manifest
+        What `read_manifest` gives for the file, which holds its hash.
+    """
+    import torch
+
+    features = read_features(path)
+    control = data.columns.control if data else (manifest or {}).get("control", DEFAULT_CONTROL)
+    if manifest is None:
+        found.warnings.append(
+            f"{path} has no manifest of create_esm_pert_features.py: nothing tells where its "
+            "vectors come from"
+        )
+    elif manifest["control"] != control:
+        found.problems.append(
+            f"{path} was made for the control {manifest['control']!r}, but this run's control is "
+            f"{control!r}; make it again, or correct --control-pert"
+        )
+    filled = list((manifest or {}).get("missing", {}))
+    if manifest is not None and filled and manifest["policy"]["missing"] == "mean":
+        found.warnings.append(
+            f"{path}: {len(filled):,} of {count(len(features), 'label')} filled in with the mean "
+            f"vector, as --missing mean chose ({some(filled)})"
+        )
+    if control not in features:
+        found.warnings.append(f"{path} has no control {control!r}: cell-load gives it zeros")
+    widths = sorted({tuple(v.shape) for v in features.values()})
+    if len(widths) > 1 or len(widths[0]) != 1:
+        found.problems.append(
+            f"{path}: expected vectors of one width, found shapes {some(map(str, widths))}"
+        )
+    infinite = [k for k, v in features.items() if not torch.isfinite(v).all()]
+    if infinite:
+        found.problems.append(
+            f"{path}: NaN or infinite values in {count(len(infinite), 'vector')} ({some(infinite)})"
+        )
+    _check_zeros(path, features, manifest, control, found)
+    _check_labels(path, features, data, control, found)
+    ablation = (manifest or {}).get("ablation")
+    return {
+        "sha256": trained_sha256(manifest) if manifest else sha256_of(path),
+        "width": next(iter(features.values())).shape[-1] if widths[0] else 0,
+        "labels": len(features),
+        "ablation": ablation,
+    }
+
+
+def read_features(path: Path) -> dict[str, Any]:
+    """Load a features file without executing anything in it."""
+    import torch
+
+    existing_file(path, "features file")
+    features = read_torch(path)
+
+    if not (
+        isinstance(features, dict)
+        and features
+        and all(isinstance(k, str) and torch.is_tensor(v) for k, v in features.items())
+    ):
+        raise InputError(f"{path} is no features file: expected a dict of label -> tensor")
+    return features
+
+
+def _check_zeros(
+    path: Path,
+    features: Mapping[str, Any],
+    manifest: Mapping[str, Any] | None,
+    control: str,
+    found: Findings,
+) -> None:
+    controls = {control, (manifest or {}).get("control")}  # another control is a problem already
+    zeros = [k for k, v in features.items() if k not in controls and not v.any()]
+    if not zeros:
+        return
+    what = (
+        f"{path}: {count(len(zeros), 'perturbation')} with a zero vector, which State cannot tell "
+        f"from the control ({some(zeros)})"
+    )
+    if ((manifest or {}).get("policy") or {}).get("missing") == "zero":
+        found.warnings.append(f"{what}, as --missing zero chose")
+    else:
+        found.problems.append(f"{what}. Make the file again with create_esm_pert_features.py")
+
+
+def _check_labels(
+    path: Path,
+    features: Mapping[str, Any],
+    data: Data | None,
+    control: str,
+    found: Findings,
+) -> None:
+    files = data.files if data else []
+    for f in files:
+        labels = [x for x in f.labels if x != control and x not in f.unused]
+        missing = [x for x in labels if x not in features]
+        if missing:
+            found.problems.append(
+                f"{len(missing):,} of {count(len(labels), 'perturbation')} in {f.path} "
+                f"{have(len(missing))} no embedding in {path} ({some(missing)}); cell-load "
+                "would train them as control. Make the file again with create_esm_pert_features.py "
+                "--from-toml"
+            )
+    in_cells = {x for f in files for x in set(f.labels) - set(f.unused)}
+    known = {control, *features, *in_cells}
+    unused = dict.fromkeys(x for f in files for x in f.labels if x in f.unused and x not in known)
+    if data and unused:
+        holders = [str(f.path) for f in files if not unused.keys().isdisjoint(f.unused)]
+        text = say_left_out(list(unused), holders, data.columns.pert, f" in {path}")
+        found.warnings.append(text)

@@ -1,0 +1,187 @@
+"""What is wrong, or not as one may think, with what a TOML holds out.
+
+Which cell goes to which split is decided in `data`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from state_esm_features.console import Findings, count, did_you_mean, some, them
+from state_esm_features.embedding.labels import names_of_no_file
+from state_esm_features.training.data import (
+    DataFile,
+    is_read,
+    labels_with_cells,
+    parts_of_cell_types,
+)
+
+if TYPE_CHECKING:
+    from cell_load.config import ExperimentConfig
+
+
+def check_splits(
+    experiment: ExperimentConfig,
+    files: Sequence[DataFile],
+    splits: Mapping[str, Mapping[str, int]],
+    control: str,
+    found: Findings,
+) -> None:
+    """Held-out names that hold nothing out, nothing to train on, nothing to validate on."""
+    types = {
+        d: sorted({t for f in files if f.dataset == d for t in f.cell_types})
+        for d in dict.fromkeys(f.dataset for f in files)
+    }
+    everything = {label for f in files for label in f.labels}
+    for key in [*experiment.zeroshot, *experiment.fewshot]:
+        dataset, _, cell_type = key.partition(".")
+        if dataset in types and cell_type not in types[dataset]:
+            found.problems.append(
+                f"{key!r}: no file of dataset {dataset!r} has the cell type {cell_type!r}"
+                f"{did_you_mean(cell_type, types[dataset])}; cell types: {some(types[dataset])}"
+            )
+    held = _names_held_out(experiment, files, types, everything, control, found)
+    trained = sorted(held & set(splits["train"]))
+    if trained:
+        where = [
+            f"{f.dataset}.{cell_type}"
+            for f, cell_type, parts in parts_of_cell_types(experiment, files, control)
+            if not parts["train"].keys().isdisjoint(trained)
+        ]
+        found.warnings.append(
+            f"[fewshot] holds {some(trained)} out, but training sees "
+            f"{them(len(trained))} in {some(dict.fromkeys(where))}: not unseen. "
+            "For genes that no training cell has, hold them out there too"
+        )
+    pairs = [x for x in splits["train"] if "+" in x and not held.isdisjoint(x.split("+"))]
+    if pairs:
+        found.warnings.append(
+            f"training has combinations of genes that [fewshot] holds out ({some(pairs)}): these "
+            "genes are not unseen. Hold the combinations out too"
+        )
+    unread = {
+        f"{f.dataset}.{cell_type}": int(row.sum())
+        for f in files
+        for cell_type, row in zip(f.cell_types, f.cells, strict=True)
+        if row.any() and not is_read(experiment, f.dataset, cell_type)
+    }
+    if unread:
+        datasets = dict.fromkeys(key.partition(".")[0] for key in unread)
+        lines = " and ".join(f'{name} = "train"' for name in datasets)
+        found.warnings.append(
+            f"{count(len(unread), 'cell type')} not read ({some(unread)}; "
+            f"{count(sum(unread.values()), 'cell')}): [zeroshot] and [fewshot] do not name "
+            f"{them(len(unread))}, nor [training] the dataset. To train on {them(len(unread))}: "
+            f"{lines} under [training]"
+        )
+    if not splits["train"]:
+        advice = 'name a dataset under [training], e.g. NAME = "train"'
+        if any(f.dataset in experiment.training and f.labels for f in files):
+            advice = "[zeroshot] and [fewshot] hold out all there are of [training]'s datasets"
+        found.problems.append(f"no perturbed cell to train on: {advice}")
+    elif not splits["val"]:
+        found.warnings.append(_no_validation_message(experiment, files, splits, control))
+
+
+def _names_held_out(
+    experiment: ExperimentConfig,
+    files: Sequence[DataFile],
+    types: Mapping[str, Sequence[str]],
+    everything: Collection[str],
+    control: str,
+    found: Findings,
+) -> set[str]:
+    """Labels that [fewshot] holds out of a cell type that is there; notes those without effect."""
+    held = set()
+    nowhere: set[str] = set()
+    for key, kept in experiment.fewshot.items():
+        named = {*kept.get("val", ()), *kept.get("test", ())}  # a train list holds nothing out
+        dataset, _, cell_type = key.partition(".")
+        nowhere |= named.difference(everything)
+        if cell_type in types.get(dataset, ()):
+            held |= named
+            here = labels_with_cells(files, dataset, cell_type) | {control}
+            elsewhere = named.intersection(everything) - here
+            if elsewhere:
+                found.warnings.append(
+                    f'[fewshot."{key}"] names {count(len(elsewhere), "label")} of which this cell '
+                    f"type has no cell ({some(sorted(elsewhere))}): nothing is held out for "
+                    f"{them(len(elsewhere))}"
+                )
+        both = set(kept.get("val", ())) & set(kept.get("test", ()))
+        if both:
+            found.warnings.append(
+                f'[fewshot."{key}"] {some(sorted(both))}: both val and test, so best.ckpt is '
+                "chosen on cells of the test. Name each once"
+            )
+        if control in named:
+            found.warnings.append(
+                f'[fewshot."{key}"] names the control {control!r}, of which cell-load holds '
+                "nothing out: control cells go into every split"
+            )
+        if key in experiment.zeroshot:
+            found.warnings.append(
+                f'[fewshot."{key}"] has no effect: [zeroshot] holds out the whole cell type'
+            )
+    if nowhere:
+        found.warnings.append(names_of_no_file(sorted(nowhere), everything))
+    return held
+
+
+def check_subsets(
+    experiment: ExperimentConfig, files: Sequence[DataFile], control: str, found: Findings
+) -> None:
+    """Without should_yield_control_cells, cell-load crashes on a part without perturbed cells."""
+    for f, cell_type, parts in parts_of_cell_types(experiment, files, control):
+        if not parts["train"]:
+            found.problems.append(
+                f"{f.path}: no perturbed cell of {cell_type!r} is left for training, on which "
+                "cell-load crashes with data.kwargs.should_yield_control_cells=false; leave it true"
+            )
+
+
+def _no_validation_message(
+    experiment: ExperimentConfig,
+    files: Sequence[DataFile],
+    splits: Mapping[str, Mapping[str, int]],
+    control: str,
+) -> str:
+    """Say what follows and what to add: a line that works, with names from the data."""
+    if splits["test"]:
+        what = "cell-load validates on the test cells, so best.ckpt is chosen on them"
+    else:
+        what = "nothing is validated and no best.ckpt is chosen"
+    candidates = [
+        (f"{f.dataset}.{cell_type}", list(parts["train"]))
+        for f, cell_type, parts in parts_of_cell_types(experiment, files, control)
+        if f"{f.dataset}.{cell_type}" not in experiment.zeroshot
+    ]
+    key, labels = max(candidates, key=lambda c: len(c[1]), default=("", []))
+    if len(labels) < 2:
+        return f"no validation cells: {what}. Keep a cell type or some genes back in the TOML"
+    paired = {gene for x in labels if "+" in x for gene in (x, *x.split("+"))}
+    labels = [x for x in labels if x not in paired] or labels  # which training would still see
+    chosen = ", ".join(json.dumps(x, ensure_ascii=False) for x in labels[: min(2, len(labels) - 1)])
+    return (
+        f"no validation cells: {what}. Keep some genes back: in the TOML, under "
+        f"[fewshot.{json.dumps(key, ensure_ascii=False)}] on a line of its own, val = [{chosen}]"
+    )
+
+
+def split_table(splits: Mapping[str, Mapping[str, int]]) -> list[tuple[str, str]]:
+    """Per split: perturbed cells, perturbations, and which of these training sees, or never does.
+
+    A perturbation of val or test is seen if it is trained anywhere, in another cell type say.
+    """
+    row = "{:>9}  {:>13}  {:>25}  {:>25}".format
+    rows = [("split", row("cells", "perturbations", "seen in training", "never in training"))]
+    for split, labels in splits.items():
+        counts = [f"{sum(labels.values()):,}", f"{len(labels):,}"]
+        for seen in (True, False):
+            group = [n for label, n in labels.items() if (label in splits["train"]) == seen]
+            text = f"{len(group):,} ({count(sum(group), 'cell')})" if labels else "0"
+            counts.append("" if split == "train" else text)
+        rows.append((split, row(*counts).rstrip()))
+    return rows
