@@ -57,6 +57,8 @@ from state_esm_features.embedding.features_file import read_manifest
 from state_esm_features.options import LAYOUTS
 from state_esm_features.training import fast_copies
 from state_esm_features.training.fast_copies import BLOCK, make_copies
+from state_esm_features.training.plan import Plan, make_plan
+from state_esm_features.training.run_dir import toml_of_run
 
 Run = Callable[..., Result]
 
@@ -138,29 +140,27 @@ def run(folder: Path, words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 
 
 @pytest.fixture
-def plan(folder: Path, words: tuple[str, ...]) -> Callable[..., script.Plan]:
+def plan(folder: Path, words: tuple[str, ...]) -> Callable[..., Plan]:
     """The plan of a command line."""
 
-    def of(*arguments: object) -> script.Plan:
+    def of(*arguments: object) -> Plan:
         args = script.parse([*words, *TINY, *map(str, arguments)])
         manifest = read_manifest(args.pert_features)
-        return script.make_plan(
-            args, args.output_dir.absolute() / args.name, None, manifest, Path()
-        )
+        return make_plan(args, args.output_dir.absolute() / args.name, None, manifest, Path())
 
     return of
 
 
 @pytest.fixture
-def copied(plan: Callable[..., script.Plan]) -> Callable[..., script.Plan]:
+def copied(plan: Callable[..., Plan]) -> Callable[..., Plan]:
     """Write the copies of a command line, and COPIES, the TOML of a run on them."""
 
-    def write(*arguments: object) -> script.Plan:
+    def write(*arguments: object) -> Plan:
         made = plan(*arguments)
         assert made.fast is not None
         start_log(quiet=False)
         make_copies(made.fast, made.data.columns)
-        Path(COPIES).write_text(script.toml_of_run(made))
+        Path(COPIES).write_text(toml_of_run(made))
         return made
 
     return write
@@ -172,7 +172,7 @@ def mixed(screen: Any, **other: Any) -> anndata.AnnData:
     return data[np.random.default_rng(3).permutation(data.n_obs)].copy()
 
 
-def only_copy(plan: script.Plan) -> Path:
+def only_copy(plan: Plan) -> Path:
     assert plan.fast is not None
     (copy,) = plan.fast.copies.values()
     return copy.target
@@ -210,7 +210,7 @@ def parts_of_x(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         return file["X/data"][:], file["X/indices"][:], file["X/indptr"][:]
 
 
-def data_module(plan: script.Plan, toml: Path, consecutive: bool = False) -> Any:
+def data_module(plan: Plan, toml: Path, consecutive: bool = False) -> Any:
     """The stock data module as the stock training makes it."""
     from cell_load.data_modules import PerturbationDataModule
     from cell_load.utils.data_utils import GlobalH5MetadataCache
@@ -351,7 +351,7 @@ STORED = [
 
 @pytest.mark.parametrize("store", STORED)
 def test_dense_gives_the_batches_of_the_source(
-    copied: Callable[..., script.Plan], folder: Path, store: Callable[[Path], None]
+    copied: Callable[..., Plan], folder: Path, store: Callable[[Path], None]
 ) -> None:
     store(folder / "sim.h5ad")
     made = copied("--fast-loading", "dense")
@@ -365,7 +365,7 @@ def test_dense_gives_the_batches_of_the_source(
 
 @pytest.mark.parametrize("sparse", [False, True])
 def test_dense_gives_the_batches_of_an_embedding(
-    copied: Callable[..., script.Plan], folder: Path, sparse: bool
+    copied: Callable[..., Plan], folder: Path, sparse: bool
 ) -> None:
     write_embeddings(folder / "sim.h5ad", sparse)
     made = copied("--fast-loading", "dense", "--embed-key", "X_emb")
@@ -395,7 +395,7 @@ def write_embeddings(path: Path, sparse: bool, **options: Any) -> None:
 @pytest.mark.parametrize("form", ["csr", "dense", "embedding", "sparse embedding"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_cell_keeps_split_label_name_batch_and_expression(
-    copied: Callable[..., script.Plan], folder: Path, layout: str, form: str
+    copied: Callable[..., Plan], folder: Path, layout: str, form: str
 ) -> None:
     """Two datasets, one of two files with both extensions; zeroshot and fewshot."""
     (folder / "data").mkdir()
@@ -432,7 +432,7 @@ def test_every_cell_keeps_split_label_name_batch_and_expression(
 
 
 def test_names_that_cell_load_makes_up_stay_with_their_cells(
-    copied: Callable[..., script.Plan], folder: Path
+    copied: Callable[..., Plan], folder: Path
 ) -> None:
     data = mixed(SMALL)
     data.obs.index.name = "barcode"  # so that the file has no obs/_index
@@ -454,7 +454,7 @@ def order_in(path: Path) -> tuple[list[tuple[str, str]], list[str]]:
 
 
 def test_sorted_groups_are_in_one_piece_and_mixed_within_always_alike(
-    copied: Callable[..., script.Plan], folder: Path
+    copied: Callable[..., Plan], folder: Path
 ) -> None:
     made = copied("--fast-loading")
     groups, names = order_in(only_copy(made))
@@ -477,7 +477,7 @@ def test_sorted_groups_are_in_one_piece_and_mixed_within_always_alike(
 
 
 def test_stock_loads_consecutively_from_the_copy_and_not_from_the_source(
-    copied: Callable[..., script.Plan], folder: Path
+    copied: Callable[..., Plan], folder: Path
 ) -> None:
     made = copied("--fast-loading")
     with pytest.raises(ValueError, match=r"requires each .* group to appear in one contiguous run"):
@@ -545,7 +545,7 @@ def rich_screen(path: Path) -> anndata.AnnData:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_copy_holds_what_cell_load_reads_and_nothing_else(
-    copied: Callable[..., script.Plan], folder: Path, layout: str
+    copied: Callable[..., Plan], folder: Path, layout: str
 ) -> None:
     source = rich_screen(folder / "sim.h5ad")
     more = "data.kwargs.additional_obs=[donor,age,note]"
@@ -576,9 +576,7 @@ def test_copy_holds_what_cell_load_reads_and_nothing_else(
     assert_same_cells(expected_seen, seen)
 
 
-def test_copy_for_an_embedding_only_declares_x(
-    copied: Callable[..., script.Plan], folder: Path
-) -> None:
+def test_copy_for_an_embedding_only_declares_x(copied: Callable[..., Plan], folder: Path) -> None:
     source = rich_screen(folder / "sim.h5ad")
     flags = ("--batch-col", "lane", "--embed-key", "X_emb")
     made = copied("--fast-loading", *flags, "data.kwargs.output_space=embedding")
@@ -604,7 +602,7 @@ def test_copy_for_an_embedding_only_declares_x(
     ],
 )
 def test_matrices_that_are_written_are_those_whose_values_reach_a_batch(
-    copied: Callable[..., script.Plan],
+    copied: Callable[..., Plan],
     folder: Path,
     flags: tuple[str, ...],
     matrices: set[str],
@@ -620,7 +618,7 @@ def test_matrices_that_are_written_are_those_whose_values_reach_a_batch(
 
 
 def test_batch_column_of_numbers_gives_the_same_batches(
-    copied: Callable[..., script.Plan], folder: Path
+    copied: Callable[..., Plan], folder: Path
 ) -> None:
     rich_screen(folder / "sim.h5ad")
     made = copied("--fast-loading", "--batch-col", "age")
@@ -712,7 +710,7 @@ def test_column_that_a_file_lacks_is_named(run: Run, folder: Path) -> None:
 
 
 def test_two_values_of_one_gene_are_refused_by_sorted(
-    run: Run, copied: Callable[..., script.Plan], folder: Path
+    run: Run, copied: Callable[..., Plan], folder: Path
 ) -> None:
     store_repeated(folder / "sim.h5ad")
     result = run("--fast-loading", "--max-steps", 1)
@@ -730,7 +728,7 @@ def test_two_values_of_one_gene_are_refused_by_sorted(
 
 
 def test_source_that_changes_while_it_is_read_is_refused(
-    plan: Callable[..., script.Plan], folder: Path
+    plan: Callable[..., Plan], folder: Path
 ) -> None:
     made = plan("--fast-loading")
     assert made.fast is not None
@@ -776,7 +774,7 @@ def test_too_little_space_is_said_before_anything_is_written(
 
 
 def test_file_in_order_is_read_where_it_is_by_sorted(
-    copied: Callable[..., script.Plan], run: Run, folder: Path
+    copied: Callable[..., Plan], run: Run, folder: Path
 ) -> None:
     simulate(SMALL).write_h5ad(folder / "sim.h5ad")
     result = run("--fast-loading", "--max-steps", 1)
@@ -794,7 +792,7 @@ def test_file_in_order_is_read_where_it_is_by_sorted(
 
 
 def test_only_uncompressed_dense_file_is_read_where_it_is_by_dense(
-    copied: Callable[..., script.Plan], folder: Path
+    copied: Callable[..., Plan], folder: Path
 ) -> None:
     data = mixed(SMALL)
     data.X = data.X.toarray()
@@ -808,7 +806,7 @@ def test_only_uncompressed_dense_file_is_read_where_it_is_by_dense(
 
 
 def test_one_cell_out_of_place_is_enough_for_a_copy(
-    plan: Callable[..., script.Plan], folder: Path
+    plan: Callable[..., Plan], folder: Path
 ) -> None:
     data = simulate(SMALL)
     order = np.arange(data.n_obs)
@@ -843,7 +841,7 @@ def test_copies_are_shared_by_runs_and_made_again_when_the_source_changes(
 
 
 def test_copy_follows_time_columns_matrices_and_layout_of_the_source(
-    copied: Callable[..., script.Plan], folder: Path, capsys: pytest.CaptureFixture[str]
+    copied: Callable[..., Plan], folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rich_screen(folder / "sim.h5ad")
     usual = ("--batch-col", "batch_var", "data.kwargs.output_space=all")
@@ -937,7 +935,7 @@ def wait_for_half_a_copy(process: subprocess.Popen[str], cache: Path) -> Path:
 
 
 def test_killed_while_rewriting_leaves_no_copy_and_the_next_run_writes_it_whole(
-    copied: Callable[..., script.Plan], big_folder: Path, words: tuple[str, ...]
+    copied: Callable[..., Plan], big_folder: Path, words: tuple[str, ...]
 ) -> None:
     cache = big_folder / "runs/data_cache"
     process = start_rewriting(big_folder, words)
@@ -1000,7 +998,7 @@ def test_two_runs_at_once_write_one_copy_and_both_finish(
 @pytest.mark.parametrize("form", ["csr", "dense", "compressed", "empty rows"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_copy_is_the_same_whatever_the_size_of_a_block(
-    copied: Callable[..., script.Plan],
+    copied: Callable[..., Plan],
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     layout: str,
@@ -1090,7 +1088,7 @@ def test_cache_without_the_option_is_a_usage_error(run: Run, folder: Path) -> No
 
 
 def test_plan_says_what_is_read_and_written_and_dry_run_writes_nothing(
-    run: Run, copied: Callable[..., script.Plan], folder: Path
+    run: Run, copied: Callable[..., Plan], folder: Path
 ) -> None:
     """Three files: one in order, one copied already, one to be copied."""
     simulate(replace(SMALL, cells=40)).write_h5ad(folder / "a.h5ad")
@@ -1117,7 +1115,7 @@ def test_plan_says_what_is_read_and_written_and_dry_run_writes_nothing(
 
 
 def test_size_that_is_planned_is_about_the_size_that_is_written(
-    copied: Callable[..., script.Plan], folder: Path
+    copied: Callable[..., Plan], folder: Path
 ) -> None:
     mixed(SMALL, cells=400, genes=300).write_h5ad(folder / "sim.h5ad")
     for layout in LAYOUTS:
@@ -1141,7 +1139,7 @@ def two_files(folder: Path, second: str = "b.h5ad") -> None:
 @pytest.mark.parametrize("several", [False, True])
 @pytest.mark.parametrize("name", ["[cache]", "ca*che?", "ca[a]che*"])
 def test_cache_with_signs_of_patterns_in_its_name_works(
-    copied: Callable[..., script.Plan], folder: Path, name: str, several: bool
+    copied: Callable[..., Plan], folder: Path, name: str, several: bool
 ) -> None:
     if several:
         (folder / "data").mkdir()
@@ -1307,7 +1305,7 @@ def prepare(path: Path, name: str) -> None:
             del file["var/highly_variable"]
 
 
-def everything_read(made: script.Plan, toml: Path) -> tuple[Any, ...]:
+def everything_read(made: Plan, toml: Path) -> tuple[Any, ...]:
     """All that State gets from the data module."""
     module = data_module(made, toml)
     dims = module.get_var_dims()
@@ -1317,8 +1315,8 @@ def everything_read(made: script.Plan, toml: Path) -> tuple[Any, ...]:
 @pytest.mark.parametrize(("store", "name", "flags", "stored", "line"), REFUSED)
 def test_node_that_cell_load_cannot_read_is_refused_and_mended_by_a_copy(
     run: Run,
-    plan: Callable[..., script.Plan],
-    copied: Callable[..., script.Plan],
+    plan: Callable[..., Plan],
+    copied: Callable[..., Plan],
     folder: Path,
     store: Callable[[Path, str], None],
     name: str,
@@ -1363,7 +1361,7 @@ def test_node_that_cell_load_cannot_read_is_refused_and_mended_by_a_copy(
 
 @pytest.mark.parametrize(("store", "name", "flags"), READ)
 def test_node_that_cell_load_reads_or_does_not_open_is_accepted(
-    plan: Callable[..., script.Plan],
+    plan: Callable[..., Plan],
     folder: Path,
     store: Callable[[Path, str], None],
     name: str,

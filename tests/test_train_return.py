@@ -37,6 +37,8 @@ import torch
 from conftest import ROOT, SMALL
 from test_train_run import FILES, TINY, checkpoint, make_screen, run_json
 
+from state_esm_features.training.checkpoints import checkpoint_steps, intact
+
 SERVER = """
 import json, os, sys
 sys.path.insert(0, ROOT)
@@ -800,7 +802,6 @@ def test_all_checkpoints_damaged_is_an_error_and_nothing_is_lost(
 
 def test_no_byte_of_a_checkpoint_can_change_unnoticed(four: Path) -> None:
     """Nor end in anything but a warning, wherever it is."""
-    import train_with_esm_features
 
     path = four / "checkpoints/last.ckpt"
     whole = path.read_bytes()
@@ -812,11 +813,7 @@ def test_no_byte_of_a_checkpoint_can_change_unnoticed(four: Path) -> None:
     moments += range(len(whole) - 12_000, len(whole), 501)
     for place in moments:
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
-        good = [
-            p
-            for p in train_with_esm_features.checkpoint_steps(four)
-            if train_with_esm_features.intact(p)
-        ]
+        good = [p for p in checkpoint_steps(four) if intact(p)]
         if good:  # the byte means nothing: padding, or a field of the archive that nobody reads
             assert flat(torch.load(path, weights_only=True)) == expected, place
 

@@ -21,6 +21,9 @@ from hypothesis import strategies as st
 import train_with_esm_features as script
 from state_esm_features.console import InputError
 from state_esm_features.experiment import absolute_paths, dataset_files, load_experiment, toml_text
+from state_esm_features.training import plan as plan_module
+from state_esm_features.training.plan import make_plan
+from state_esm_features.training.run_dir import RUN_FORMAT, differences, earlier_run
 from state_esm_features.training.stock import compose, flat, overrides_of, typed_settings
 
 Train = Callable[..., Result]
@@ -408,7 +411,7 @@ def test_printed_command_gives_the_configuration_of_the_plan(ready: Path) -> Non
 
     flags = ("--seed", "3", "--max-steps", "7", "--wandb-project", "p q", "--wandb-tags", "a,b c")
     args = script.build_parser().parse_intermixed_args([*FILES, *flags, "training.lr=0.5"])
-    plan = script.make_plan(args, ready / "elsewhere" / "my run", None, None, Path())
+    plan = make_plan(args, ready / "elsewhere" / "my run", None, None, Path())
     words = shlex.split(plan.stock_command())
     theirs = OmegaConf.to_container(
         load_hydra_config("tx", words[words.index("train") + 1 :]), resolve=True
@@ -536,26 +539,26 @@ def test_preflight_imports_no_model_before_the_data_can_be_read(ready: Path) -> 
 def test_differences_are_named_with_before_and_now() -> None:
     before = {"settings": {"a.b": 1, "gone": 2, "same": 3}, "features": {"sha256": "0" * 64}}
     now = {"settings": {"a.b": 5, "same": 3, "new": None}, "features": {"sha256": "1" * 64}}
-    assert script.differences(before, now) == {
+    assert differences(before, now) == {
         "a.b": "1 -> 5",
         "gone": "2 -> none",
         "features sha256": "000000000000... -> 111111111111...",
     }
-    assert script.differences(before, before) == {}
+    assert differences(before, before) == {}
 
 
 def test_a_run_is_there_only_with_its_record(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert script.earlier_run(run) is None
+    assert earlier_run(run) is None
     run.mkdir()
-    assert script.earlier_run(run) is None
+    assert earlier_run(run) is None
     (run / "other.txt").write_text("x")
-    (run / "run.json").write_text(json.dumps({"format": script.RUN_FORMAT, "steps": 3}))
-    assert script.earlier_run(run) == {"format": script.RUN_FORMAT, "steps": 3}
+    (run / "run.json").write_text(json.dumps({"format": RUN_FORMAT, "steps": 3}))
+    assert earlier_run(run) == {"format": RUN_FORMAT, "steps": 3}
     for content in ("{", "[]", json.dumps({"format": 0})):
         (run / "run.json").write_text(content)
         with pytest.raises(InputError) as error:
-            script.earlier_run(run)
+            earlier_run(run)
         assert str(error.value) == (
             f"{run} exists and is no run of this script; choose another --name, or move it away"
         )
@@ -581,7 +584,7 @@ def untrained(
     monkeypatch.setattr(script, "train", lambda state, overrides, step_checkpoints: None)
 
     def run(fitting: int, *arguments: object) -> Result:
-        monkeypatch.setattr(script, "choose_workers", lambda stock, data: fitting)
+        monkeypatch.setattr(plan_module, "choose_workers", lambda stock, data: fitting)
         capsys.readouterr()
         code = script.main([*FILES, "--name", "run", *map(str, arguments)])
         return Result(code, *capsys.readouterr())

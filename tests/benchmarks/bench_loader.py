@@ -33,6 +33,8 @@ from typing import Any
 from state_esm_features.console import start_log
 from state_esm_features.files import write_whole
 from state_esm_features.training.fast_copies import make_copies
+from state_esm_features.training.plan import make_plan
+from state_esm_features.training.run_dir import toml_of_run
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -105,12 +107,12 @@ def write_copies(folder: Path, name: str, layout: str) -> float:
     words += ["--fast-loading", layout, "--data-cache", str(where)]
     args = script.parse(words)
     start_log(quiet=True)
-    plan = script.make_plan(args, folder / "run", None, None, folder)
+    plan = make_plan(args, folder / "run", None, None, folder)
     assert plan.fast is not None
     start = time.perf_counter()
     make_copies(plan.fast, plan.data.columns)
     seconds = time.perf_counter() - start
-    (folder / f"{name}_{layout}.toml").write_text(script.toml_of_run(plan))
+    (folder / f"{name}_{layout}.toml").write_text(toml_of_run(plan))
     return seconds
 
 

@@ -1,0 +1,357 @@
+"""Everything about a run decided and checked, nothing written.
+
+The run directory stands in `run_dir`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from state_esm_features.console import Findings, count, log, one_error, warn
+from state_esm_features.embedding.features import resolve_labels
+from state_esm_features.embedding.features_file import read_manifest, write_features
+from state_esm_features.embedding.labels import Labels, add_labels_found
+from state_esm_features.embedding.report import summary
+from state_esm_features.embedding.vectors import warn_of_identical, with_vectors
+from state_esm_features.files import existing_file, existing_parent
+from state_esm_features.h5ad import storage_problems
+from state_esm_features.options import feature_words
+from state_esm_features.training.data import Data
+from state_esm_features.training.fast_copies import FastLoading
+from state_esm_features.training.fast_loading import describe_loading, plan_fast_loading
+from state_esm_features.training.features_check import check_features
+from state_esm_features.training.model_check import check_model, data_dims, try_model
+from state_esm_features.training.preflight import check_disk, choose_workers, inspect_data
+from state_esm_features.training.splits import split_table
+from state_esm_features.training.stock import (
+    CONSECUTIVE,
+    INFER_LOADS,
+    WORKERS,
+    compose,
+    overrides_of,
+    require_known,
+    require_numbers,
+    typed_settings,
+)
+
+OWN_FEATURES = "pert_features.pt"
+"""The features file in a run directory."""
+
+
+def make_features(
+    args: argparse.Namespace,
+    data: Data,
+    place: Path,
+    earlier: Mapping[str, Any] | None,
+    found: Findings,
+) -> tuple[Path | None, dict[str, Any]]:
+    """Make the features of exactly the labels of the data, as create_esm_pert_features.py does.
+
+    Nothing is computed in a dry run, nor while there are problems.
+
+    Returns
+    -------
+    path
+        The file, or None if it was not made.
+    checked
+        As of `check_features`.
+
+    Raises
+    ------
+    InputError
+        As create_esm_pert_features.py has it: sources, symbols, missing labels.
+    """
+    labels = Labels(data.columns.control, in_no_cell={str(f.path): f.unused for f in data.files})
+    in_files = {f.path: f.labels for f in data.files}
+    add_labels_found(labels, in_files, data.columns.pert, data.experiment, args.config)
+    words = ["--from-toml", args.config, "--pert-col", data.columns.pert]
+    words += ["--control-pert", data.columns.control, *feature_words(args)]
+    command = [str(w) for w in words]  # of create_esm_pert_features.py
+    resolved = resolve_labels(labels, args)
+    before = earlier["identity"]["features"]["sha256"] if earlier else None
+    unknown = {"sha256": before, "width": 0, "labels": len(labels.names), "ablation": None}
+    if resolved is None:
+        return None, unknown
+    resolver, resolutions = resolved.resolver, resolved.resolutions
+    if found.problems or (args.dry_run and resolved.to_embed):
+        log.info("%s", summary(resolutions, labels, resolver, args))
+        if resolved.to_embed:
+            log.info("%s to compute before the training", count(len(resolved.to_embed), "gene"))
+        return None, {**unknown, "width": resolved.width(args) or 0}
+    features, _ = resolved.features(args)
+    warn_of_identical(with_vectors(resolutions, features))
+    log.info("%s", summary(resolutions, labels, resolver, args, features))
+    path = place / OWN_FEATURES
+    write_features(
+        path, features, lambda sha256: resolved.manifest(features, sha256, args, command)
+    )
+    checked = Findings()  # its warnings were said in other words
+    about = check_features(path, read_manifest(path), data, checked)
+    found.problems += checked.problems
+    return path, about
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do.
+
+    Attributes
+    ----------
+    toml, features
+        As the user named them; features that are made for the run are its own copy.
+    made
+        Where features that were made for the run are until then, or None.
+    run_dir
+        Absolute; the run's own copies of both lie in it.
+    settings
+        {stock key: value} that this script sets.
+    typed
+        Hydra overrides as the user typed them; they win over `settings`.
+    stock
+        The stock configuration, composed with both.
+    data, pert_features
+        What the preflight found.
+    step_checkpoints
+        Steps between two step=N.ckpt, or None.
+    fast
+        How --fast-loading reads the data, or None.
+    """
+
+    toml: Path
+    features: Path
+    made: Path | None
+    run_dir: Path
+    settings: Mapping[str, Any]
+    typed: Sequence[str]
+    stock: Mapping[str, Any]
+    data: Data
+    pert_features: Mapping[str, Any]
+    step_checkpoints: int | None
+    fast: FastLoading | None
+
+    @property
+    def own_features(self) -> Path:
+        return self.run_dir / OWN_FEATURES
+
+    @property
+    def own_toml(self) -> Path:
+        return self.run_dir / "config.toml"
+
+    def overrides(self, toml: Path, features: Path) -> list[str]:
+        """Everything the stock command needs to do this run on these two files."""
+        managed = {
+            "data.kwargs.toml_config_path": toml,
+            "data.kwargs.perturbation_features_file": features,
+            "output_dir": self.run_dir.parent,
+            "name": self.run_dir.name,
+        }
+        return overrides_of({**managed, **self.settings}, self.typed)
+
+    def stock_command(self) -> str:
+        """The `state tx train` command that trains the same weights."""
+        words = ["state", "tx", "train"]
+        copied = self.fast is not None and self.fast.copies
+        words += self.overrides(
+            self.own_toml if copied else self.toml.absolute(), self.features.absolute()
+        )
+        seed = os.environ.get("PYTHONHASHSEED")
+        return (f"PYTHONHASHSEED={seed} " if seed else "") + shlex.join(words)
+
+
+def settings_from_flags(args: argparse.Namespace) -> dict[str, Any]:
+    """{stock key: value} of the options that were given."""
+    tags = args.wandb_tags.split(",") if args.wandb_tags else None
+    given = {
+        "model": args.model,
+        "data.kwargs.pert_col": args.pert_col,
+        "data.kwargs.batch_col": args.batch_col,
+        "data.kwargs.cell_type_key": args.cell_type_key,
+        "data.kwargs.control_pert": args.control_pert,
+        "data.kwargs.embed_key": args.embed_key,
+        "data.kwargs.output_space": args.output_space,
+        WORKERS: None if args.num_workers == "auto" else args.num_workers,
+        CONSECUTIVE: {"sorted": True, "dense": False}.get(args.fast_loading),
+        "data.kwargs.random_seed": args.seed,
+        "training.train_seed": args.seed,
+        "training.max_steps": args.max_steps,
+        "training.batch_size": args.batch_size,
+        "training.val_freq": args.val_freq,
+        "training.ckpt_every_n_steps": args.ckpt_every_n_steps,
+        "use_wandb": True if args.wandb_project else None,
+        "wandb.project": args.wandb_project,
+        "wandb.entity": args.wandb_entity,
+        "wandb.tags": tags,
+    }
+    settings = {key: value for key, value in given.items() if value is not None}
+    if args.wandb_project and not args.wandb_entity:
+        settings["wandb.entity"] = None  # stock's default is a placeholder
+    return settings
+
+
+def kept_choices(
+    args: argparse.Namespace, earlier: Mapping[str, Any] | None
+) -> tuple[Mapping[str, Any], Sequence[str]]:
+    """(settings, typed overrides) that stay as in the run that is there, unless given now.
+
+    On resume all of them. Else the number of loader workers only: chosen anew, it would follow
+    the memory that is free now, and the same command would ask for another run. With --overwrite
+    none.
+    """
+    if earlier is None or args.overwrite:
+        return {}, []
+    if args.resume:
+        return earlier["settings"], earlier["typed"]
+    return {WORKERS: earlier["identity"]["settings"][WORKERS]}, []
+
+
+def choose_settings(
+    args: argparse.Namespace, earlier: Mapping[str, Any] | None
+) -> tuple[dict[str, Any], list[str]]:
+    """What the user wants: (settings, typed overrides); what is not given may stay as it was."""
+    settings_before, typed_before = kept_choices(args, earlier)
+    typed_now = typed_settings(args.overrides)
+    kept = [t for t in typed_before if not set(typed_settings([t])) & set(typed_now)]
+    defaults = {"model": "state_sm", "use_wandb": False}
+    settings = {**defaults, **settings_before, **settings_from_flags(args)}
+    return settings, [*kept, *args.overrides]
+
+
+def make_plan(
+    args: argparse.Namespace,
+    run_dir: Path,
+    earlier: Mapping[str, Any] | None,
+    manifest: Mapping[str, Any] | None,
+    place: Path,
+) -> Plan:
+    """Check everything and decide everything; nothing is written but features into `place`.
+
+    Parameters
+    ----------
+    earlier
+        run.json of the run that is there already, of which `kept_choices` keeps some.
+    manifest
+        Of the features file that was named.
+    place
+        A folder for features to be made.
+
+    Raises
+    ------
+    InputError
+        All problems found, in one.
+    """
+    found = Findings()
+    settings, typed = choose_settings(args, earlier)
+    asked = settings | typed_settings(typed)
+    stock = compose(overrides_of(settings, typed))
+    require_numbers(stock["training"])
+    require_known(stock["data"])
+    every = "ckpt_every_n_steps"  # has a default that stock ignores: only an explicit one counts
+    interval = int(stock["training"][every]) if f"training.{every}" in asked else None
+    data = features = fast = made = None
+    kept = (earlier or {}) if args.resume else {}
+    layout = args.fast_loading or kept.get("fast_loading")
+    with found.collect():
+        data = inspect_data(args.config, asked, stock["data"]["kwargs"], found)
+    if data and data.files:  # before hours go into features
+        check_model(str(asked["model"]), stock, data.files, found)
+    init = stock["model"]["kwargs"].get("init_from")
+    if init and not kept:
+        with found.collect():
+            existing_file(init, "checkpoint to start from (model.kwargs.init_from)")
+    with found.collect():
+        if args.pert_features:
+            features = check_features(args.pert_features, manifest, data, found)
+        elif data and data.files:
+            made, features = make_features(args, data, place, earlier, found)
+    if data and data.files:
+        unreadable = {
+            f.path: [n for n in f.unreadable if not (layout and n.mended)] for f in data.files
+        }
+        found.problems += storage_problems(unreadable, fast=not layout)
+        settings |= {
+            "data.kwargs.pert_col": data.columns.pert,
+            "data.kwargs.batch_col": data.columns.batch,
+            "data.kwargs.cell_type_key": data.columns.cell_type,
+            "data.kwargs.control_pert": data.columns.control,
+        }
+        settings.setdefault(WORKERS, choose_workers(stock, data))
+        reserved = 0
+        if layout:
+            default = kept.get("data_cache") or run_dir.parent / "data_cache"
+            folder = Path(args.data_cache or default).absolute()
+            fast = plan_fast_loading(layout, folder, data, stock, found)
+            if existing_parent(folder).stat().st_dev == existing_parent(run_dir).stat().st_dev:
+                reserved = sum(copy.size for copy in fast.missing())
+        if features:
+            each = try_model(stock, data_dims(data.files, features["width"])).checkpoint
+            steps = stock["training"]["max_steps"] // interval if interval else 0
+            check_disk(each, steps, run_dir, reserved, found)
+    for message in found.warnings:
+        warn(message)
+    if found.problems or not data or not features:
+        raise one_error(list(dict.fromkeys(found.problems)))
+    return Plan(
+        toml=args.config,
+        features=args.pert_features or run_dir / OWN_FEATURES,
+        made=made,
+        run_dir=run_dir,
+        settings=settings,
+        typed=typed,
+        data=data,
+        pert_features=features,
+        stock=compose(overrides_of(settings, typed)),
+        step_checkpoints=interval,
+        fast=fast,
+    )
+
+
+def describe(plan: Plan) -> str:
+    """The plan in a few lines."""
+    files, features = plan.data.files, plan.pert_features
+    c = plan.data.columns
+    settings = plan.stock["training"]
+    model = typed_settings(plan.typed).get("model", plan.settings["model"])
+    rows = [
+        ("run", plan.run_dir),
+        (
+            "model",
+            f"{model}, {settings['max_steps']:,} steps of {settings['batch_size']} cell sets",
+        ),
+        (
+            "data",
+            f"{count(len(files), 'file')}, {len(files[0].genes):,} genes, "
+            f"{sum(int(f.cells.sum()) for f in files):,} cells",
+        ),
+        (
+            "columns",
+            f"perturbation {c.pert}, cell type {c.cell_type}, batch {c.batch}, control {c.control}",
+        ),
+        *split_table(plan.data.splits),
+        (
+            "features",
+            f"{plan.features} ({features['labels']:,} x {features['width'] or 'unknown'})",
+        ),
+        ("workers", plan.stock["data"]["kwargs"]["num_workers"]),
+    ]
+    if plan.fast:
+        rows.append(("loading", describe_loading(plan.fast, len(files))))
+    return "\n".join(f"{name:<9} {value}" for name, value in rows)
+
+
+def predict_command(plan: Plan) -> str:
+    """State's command that predicts with this run: of a template, if that can load the model."""
+    if plan.stock["model"]["name"].lower() not in INFER_LOADS:
+        words = ["state", "tx", "predict", "--output-dir", plan.run_dir]
+        return shlex.join(map(str, [*words, "--checkpoint", "final.ckpt", "--predict-only"]))
+    words = ["state", "tx", "infer", "--model-dir", plan.run_dir]
+    words += ["--checkpoint", plan.run_dir / "checkpoints" / "final.ckpt"]
+    words += ["--pert-col", plan.data.columns.pert, "--adata", "TEMPLATE.h5ad"]
+    embed_key = plan.stock["data"]["kwargs"]["embed_key"]
+    words += ["--embed-key", embed_key] if embed_key else []
+    return shlex.join(map(str, [*words, "--output", "prediction.h5ad"]))
