@@ -28,6 +28,7 @@ import create_esm_pert_features as script
 import train_with_esm_features
 from state_esm_features.embedding.features_file import read_manifest
 from state_esm_features.files import run_lock, sha256_of
+from state_esm_features.training import new_labels
 
 NEW = "SIMEXTRA000"
 TABLE = ("--esm-embeddings", "table.pt")
@@ -940,7 +941,7 @@ def test_several_processes_add_to_one_run(run: Path, tmp_path: Path) -> None:
 def test_run_that_trains_is_left_alone(
     add: Any, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(script, "WAIT_SECONDS", 0.1)
+    monkeypatch.setattr(new_labels, "WAIT_SECONDS", 0.1)
     before = snapshot(run)
     with run_lock(run):
         done = add("--adata", "wanted.h5ad")

@@ -20,6 +20,8 @@ from conftest import ROOT, SMALL, Result, run_script
 from demo_data import simulate, template
 from run_demo import SMALL_MODEL
 
+from state_esm_features.training.loop import READ_BEFORE
+
 TINY = (
     *SMALL_MODEL,
     "model.kwargs.cell_set_len=8",
@@ -615,7 +617,6 @@ def own_screen(folder: Path) -> tuple[str, ...]:
 def test_same_data_downloaded_again_can_be_resumed_but_is_not_up_to_date(
     train: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import train_with_esm_features
 
     files = own_screen(tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -624,7 +625,7 @@ def test_same_data_downloaded_again_can_be_resumed_but_is_not_up_to_date(
     again = train("--max-steps", 2, files=files)
     assert again.code == 1
     assert f"exists with other inputs (changed {tmp_path}/sim.h5ad: " in again.err
-    train_with_esm_features.READ_BEFORE.clear()  # as in a new process
+    READ_BEFORE.clear()  # as in a new process
     resumed = train("--max-steps", 3, "--resume", files=files)
     assert resumed.code == 0, resumed.err
     assert "resuming at step 2 of 3" in resumed.err

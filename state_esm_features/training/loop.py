@@ -1,0 +1,359 @@
+"""State's own training with our callbacks at one seam: losses, signals, checkpoints.
+
+What is trained was decided in `plan`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from state_esm_features.console import STOP_SIGNALS, Bar, InputError, Stopped, log, some
+from state_esm_features.files import DISK_FULL, read_json, same_file, write_whole
+from state_esm_features.training.checkpoints import without_numpy, write_over_old_names
+from state_esm_features.training.launch import launch_id, rank
+from state_esm_features.training.plan import Plan
+from state_esm_features.training.processes import FOLLOW_SECONDS, loaders_end_with_us
+from state_esm_features.training.progress import Training, note_progress
+from state_esm_features.training.run_dir import identity
+from state_esm_features.training.stock import compose
+
+
+@contextlib.contextmanager
+def appended_callbacks(callbacks: Sequence[Any]) -> Iterator[None]:
+    """Append Lightning callbacks to those of the stock training: the one seam into stock."""
+    import state.tx.utils as stock
+
+    original = stock.get_checkpoint_callbacks
+
+    @functools.wraps(original)
+    def with_ours(*args: Any, **kwargs: Any) -> list[Any]:
+        return [*original(*args, **kwargs), *callbacks]
+
+    stock.get_checkpoint_callbacks = with_ours
+    try:
+        yield
+    finally:
+        stock.get_checkpoint_callbacks = original
+
+
+def set_up(state: Training, trainer: Any, module: Any, stage: str) -> None:
+    """Give the trainer whole checkpoint files, a clock of the loader, and no way to requeue.
+
+    Lightning's own way of writing a checkpoint builds it in memory, twice, and moves it from the
+    folder of temporary files, which on another disk is a copy over the old one.
+    """
+    import torch
+    from lightning.fabric.plugins.environments import SLURMEnvironment
+    from lightning.pytorch.plugins.io import TorchCheckpointIO
+    from lightning.pytorch.profilers import Profiler
+
+    class WholeFiles(TorchCheckpointIO):
+        """Write checkpoints beside the old one, sync, rename."""
+
+        def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
+            try:
+                write_whole(Path(path), lambda f: torch.save(without_numpy(checkpoint), f))
+            except InputError as error:
+                good = state.good_checkpoint()
+                raise InputError(f"{error}. At step {state.step:,}; {good}: --resume") from error
+
+    class LoaderClock(Profiler):
+        """Lightning's profiler is told of every wait for a batch."""
+
+        def start(self, action_name: str) -> None:
+            if action_name.endswith("_next"):
+                state.fetching = time.monotonic()
+
+        def stop(self, action_name: str) -> None:
+            if action_name.endswith("_next") and state.fetching is not None:
+                state.waited += time.monotonic() - state.fetching
+                state.fetching = None
+
+    trainer.strategy.checkpoint_io = WholeFiles()
+    trainer.profiler = LoaderClock()
+    environment = trainer._accelerator_connector.cluster_environment
+    if isinstance(environment, SLURMEnvironment):
+        # it would write hpc_ckpt_N.ckpt into the working directory
+        environment.auto_requeue = False
+
+
+def take_signals(state: Training, trainer: Any, *_: Any) -> None:
+    """Stop after the step that runs: Lightning has just installed its own handlers.
+
+    While the loop waits for a batch no step runs, so it stops at once; the processes that load may
+    have been sent the same signal, and no batch may ever come. With several ranks all stop after
+    the same step.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    # not while this process itself reads: HDF5's call-backs swallow what is raised in them
+    waits_for_others = trainer.datamodule.num_workers > 0 and trainer.world_size == 1
+
+    def stop(signum: int, frame: object) -> None:
+        if state.stop is not None:
+            raise Stopped(signum)  # asked twice: at once, without saving
+        state.stop = signum
+        if state.fetching is not None and waits_for_others:
+            state.sound = True
+            raise Stopped(signum)
+        log.info("%s: stopping after this step", Stopped(signum))
+
+    for number in STOP_SIGNALS:
+        signal.signal(number, stop)
+
+
+def on_train_start(state: Training, trainer: Any, module: Any) -> None:
+    take_signals(state, trainer)
+    state.first = state.step = state.row_step = int(trainer.global_step)
+    state.started = state.row_moment = time.monotonic()
+    state.waited = 0.0  # of the sanity check
+    if trainer.is_global_zero:
+        state.bar = Bar(trainer.max_steps, "step", "step", initial=state.first)
+
+
+def on_train_batch_start(state: Training, trainer: Any, *_: Any) -> None:
+    """A loader process that ends is noticed at the next wait, not by an error within a step."""
+    state.sound = False
+    if state.step == state.first and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+def on_train_batch_end(
+    state: Training, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int
+) -> None:
+    """Look at the loss, note the progress, and stop if asked to."""
+    state.step = int(trainer.global_step)
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+    if loss is not None:  # State's mean baselines have nothing to minimise
+        state.losses["train_loss"] = float(loss)
+        state.since_row.append(float(loss))
+        require_finite(state, trainer, "training loss", float(loss))
+    note_progress(state, trainer)
+    if in_any_rank(trainer, state.stop is not None):
+        state.sound = state.together = True
+        raise Stopped(state.stop or signal.SIGTERM)
+
+
+def on_validation_batch_end(state: Training, trainer: Any, *_: Any) -> None:
+    """Stop within a validation, unless ranks would have to agree: they have unlike many batches."""
+    if state.stop is not None and trainer.world_size == 1:
+        state.sound = True
+        raise Stopped(state.stop)
+
+
+def on_validation_end(state: Training, trainer: Any, module: Any) -> None:
+    if not trainer.sanity_checking and "val_loss" in trainer.callback_metrics:
+        loss = state.losses["val_loss"] = float(trainer.callback_metrics["val_loss"])
+        require_finite(state, trainer, "validation loss", loss)
+        note_progress(state, trainer, validated=True)
+
+
+def in_any_rank(trainer: Any, said: bool) -> bool:
+    """Whether any of the processes that train together says so."""
+    if trainer.world_size == 1:
+        return said
+    return bool(trainer.strategy.reduce_boolean_decision(said, all=False))
+
+
+def require_finite(state: Training, trainer: Any, what: str, value: float) -> None:
+    """A loss that is no number stays so: stop before anything else is saved.
+
+    Raises
+    ------
+    InputError
+        Names the last good checkpoint.
+    """
+    if in_any_rank(trainer, not math.isfinite(value)):
+        state.together = True
+        raise InputError(
+            f"the {what} became {value} at step {state.step:,}; {state.good_checkpoint()}. Nothing "
+            "was saved since. Look for NaN or huge values in the data, or train anew with a "
+            "smaller training.lr"
+        )
+
+
+def on_save_checkpoint(
+    state: Training, trainer: Any, module: Any, checkpoint: dict[str, Any]
+) -> None:
+    """Nothing but weights that are numbers is saved."""
+    bad = [
+        name
+        for name, value in checkpoint["state_dict"].items()
+        if value.is_floating_point() and not value.isfinite().all()
+    ]
+    if bad:
+        state.together = True
+        raise InputError(
+            f"weights became NaN or infinite at step {state.step:,} ({some(bad)}); "
+            f"{state.good_checkpoint()}. Look for huge values in the data, or train anew with a "
+            "smaller training.lr"
+        )
+
+
+def on_fit_end(state: Training, trainer: Any, module: Any) -> None:
+    """Write final.ckpt in all ranks together: stock's own test for it would race between them."""
+    state.step = int(trainer.global_step)
+    trainer.save_checkpoint(state.last_checkpoint.with_name("final.ckpt"))
+
+
+def on_exception(state: Training, trainer: Any, module: Any, exception: BaseException) -> None:
+    """Save what a stopped training has reached."""
+    if state.started:
+        state.step = int(trainer.global_step)
+    if not (isinstance(exception, Stopped) and state.sound and state.step > state.first):
+        return
+    trainer.save_checkpoint(state.last_checkpoint)
+    log.info("saved step %s in %s; --resume goes on", f"{state.step:,}", state.last_checkpoint)
+
+
+READ_BEFORE: dict[str, str] = {}
+"""{data file: size and time} of what this process has trained on."""
+
+
+def refuse_changed_files(plan: Plan) -> None:
+    """cell-load keeps obs of a file, by path, for the life of the process (a notebook's, say)."""
+    states = identity(plan)
+    now = {path: f"{size}, {states['changed'][path]}" for path, size in states["data"].items()}
+    changed = [path for path, state in now.items() if READ_BEFORE.get(path, state) != state]
+    if changed:
+        raise InputError(
+            f"{some(changed)} changed since this Python first trained on it, and cell-load keeps "
+            "the old labels in memory; restart the notebook kernel, or use !python"
+        )
+    READ_BEFORE.update(now)
+
+
+def our_callbacks(state: Training, step_checkpoints: int | None) -> list[Any]:
+    """Everything that this script adds to the stock training."""
+    from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint, ProgressBar
+
+    class NoBar(ProgressBar):
+        """In place of Lightning's own bar: `Training.bar` shows the progress."""
+
+        def disable(self) -> None:
+            """Asked for in the ranks that show none."""
+
+    hooks: dict[str, Any] = {
+        "setup": set_up,
+        "on_sanity_check_start": take_signals,
+        "on_train_start": on_train_start,
+        "on_train_batch_start": on_train_batch_start,
+        "on_train_batch_end": on_train_batch_end,
+        "on_validation_batch_end": on_validation_batch_end,
+        "on_validation_end": on_validation_end,
+        "on_save_checkpoint": on_save_checkpoint,
+        "on_fit_end": on_fit_end,
+        "on_exception": on_exception,
+    }
+    hooks = {name: functools.partial(hook, state) for name, hook in hooks.items()}
+    callbacks: list[Any] = [
+        LambdaCallback(on_load_checkpoint=write_over_old_names, **hooks),
+        NoBar(),
+    ]
+    if step_checkpoints:
+        step_checkpoint = ModelCheckpoint(
+            dirpath=state.run_dir / "checkpoints",
+            filename="{step}",
+            every_n_train_steps=step_checkpoints,
+            save_top_k=-1,
+        )
+        callbacks.append(step_checkpoint)
+    return callbacks
+
+
+def train(state: Training, overrides: Sequence[str], step_checkpoints: int | None) -> None:
+    """Run the stock training; its prints go to train.log in the run directory.
+
+    Parameters
+    ----------
+    state
+        Filled in as the training runs.
+    overrides
+        Of the stock configuration.
+    step_checkpoints
+        Steps between two step=N.ckpt, or None.
+
+    Raises
+    ------
+    Stopped
+        By a signal; what was reached is saved in last.ckpt.
+    InputError
+        Something of the user's: not a number, full disk, out of memory.
+    """
+    from omegaconf import OmegaConf
+    from state._cli import run_tx_train
+
+    cfg = OmegaConf.create(compose(overrides))
+    printed = state.run_dir / "train.log" if rank() == 0 else Path(os.devnull)
+    with (
+        printed.open("a", encoding="utf-8") as log_file,
+        loaders_end_with_us(),
+        contextlib.redirect_stdout(log_file),
+        appended_callbacks(our_callbacks(state, step_checkpoints)),
+    ):
+        try:
+            run_tx_train(cfg)
+        except Exception as error:
+            raise in_plain_words(error, state) from error
+        finally:
+            if state.bar:
+                state.bar.close()
+    if rank() == 0:
+        # `state tx predict` takes last.ckpt, `state tx infer` final.ckpt; both are the last step's
+        same_file(state.last_checkpoint.with_name("final.ckpt"), state.last_checkpoint)
+
+
+def in_plain_words(error: Exception, state: Training) -> Exception:
+    """What a user can mend, in one line; anything else as it is."""
+    import torch
+
+    text = str(error).strip()
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        where = error.filename or f"{state.run_dir}/..."
+        return InputError(
+            f"cannot write {where}: {error.strerror}. Free some space there. At step "
+            f"{state.step:,}; {state.good_checkpoint()}: --resume"
+        )
+    if re.search(r"DataLoader worker \(pid.*\) (is killed|exited)", text):
+        what = "a loader process was killed; out of memory or of /dev/shm? Try fewer --num-workers"
+    elif isinstance(error, torch.OutOfMemoryError):
+        what = "out of GPU memory; try a smaller --batch-size"
+    elif "Error(s) in loading state_dict" in text:
+        what = "the checkpoint is of another model than this configuration"
+    else:
+        return error
+    first_line = text.splitlines()[0] if text else type(error).__name__
+    return InputError(f"{what} (at step {state.step:,}; {state.good_checkpoint()}): {first_line}")
+
+
+def follow(run_dir: Path) -> int:
+    """Train as one of several ranks, on what the first one has decided and written.
+
+    Lightning (and srun, torchrun) start the same command once for every rank; the checks, the
+    lock, moving aside and the manifests are the first one's.
+    """
+    limit = time.monotonic() + FOLLOW_SECONDS
+    while True:
+        record = read_json(run_dir / "run.json") or {}
+        if record.get("launch") == launch_id() and record.get("status") == "training":
+            break
+        if time.monotonic() > limit:
+            raise InputError(f"rank {rank()}: the first rank has not prepared {run_dir}; see there")
+        time.sleep(0.2)
+    state = Training(run_dir, record["identity"]["settings"]["training.max_steps"])
+    try:
+        train(state, record["overrides"], record["step_checkpoints"])
+    except (Stopped, InputError):
+        if not state.together:  # else all ranks stop, and the first one says why
+            raise
+    return 0

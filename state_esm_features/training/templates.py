@@ -1,0 +1,230 @@
+"""What `state tx infer` would do wrong, or otherwise than one may think, on a template.
+
+Adding labels stands in `new_labels`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from state_esm_features.console import InputError, count, log, one_error, some, them, warn
+from state_esm_features.embedding.features_file import read_manifest
+from state_esm_features.embedding.labels import Labels, label_column
+from state_esm_features.embedding.resolve import CONTROL_GUIDES, letters
+from state_esm_features.files import fingerprint
+from state_esm_features.h5ad import (
+    gene_names,
+    is_matrix,
+    is_sparse,
+    matrix_shape,
+    obs_columns,
+    open_column,
+    open_h5ad,
+    open_labels,
+    rewriting,
+    stored_as,
+)
+from state_esm_features.training.trained_run import TrainedRun
+
+if TYPE_CHECKING:
+    import h5py
+    import numpy as np
+    import torch
+
+
+CELL_TYPE_COLUMNS = ("cell_type", "celltype", "cellType", "ctype", "celltype_col")
+"""obs columns in which `state tx infer` looks for the cell type after the run's own."""
+
+
+def check_templates(run: TrainedRun, args: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """(problems, warnings): what `state tx infer` would do wrong, or otherwise than one may think,
+    on the files of --adata, whatever their labels (state/_cli/_tx/_infer.py of State 0.11.1)."""
+    problems: list[str] = []
+    warnings: list[str] = []
+    column = label_column(args.adata, args.pert_col) if args.adata else ""
+    for path in args.adata:
+        with open_h5ad(path) as file:
+            labels, unread_codes = open_labels(file, column)
+            codes = unread_codes[:]
+            unlabelled = int((codes < 0).sum())
+            if unlabelled:
+                problems.append(
+                    f"{path}: {count(unlabelled, 'cell')} without a label in {column!r}: state tx "
+                    "infer would predict them as control. Remove them, or label them"
+                )
+            problem = wrong_input(run, file) if run.embed_key else wrong_genes(run, file)
+            problems += [problem] if problem else []
+            lacking, doubts = unknown_batches(run, file)
+            problems, warnings = problems + lacking, warnings + doubts
+            controls = codes == (labels.index(run.control) if run.control in labels else -2)
+            if not controls.any():
+                problems.append(
+                    f"{path} has no cell of the control {run.control!r} in {column!r}: state tx "
+                    "infer predicts from control cells, and would leave all cells as they are. "
+                    "Add control cells"
+                )
+                continue
+            warnings += [f"{path}: {text}" for text in shared_controls(run, file, controls)]
+    return problems, warnings
+
+
+def wrong_genes(run: TrainedRun, file: h5py.File) -> str | None:
+    """What is wrong with X for a run that was trained on X."""
+    if not is_matrix(file.get("X")):
+        return f"{file.filename} has no X, on which the run was trained. Add it"
+    if run.genes is None:
+        return None
+    try:
+        genes = fingerprint(gene_names(file))
+    except InputError as error:
+        return str(error)
+    if genes == run.genes:
+        return None
+    number, trained = genes["number"], run.genes["number"]
+    which = f"{number:,} genes, not the {trained:,} genes of the run"
+    if number == trained:
+        which = "other genes than the run, or the same in another order"
+    return (
+        f"{file.filename} has {which}: state tx infer takes its columns for the run's genes. Write "
+        "it again with the genes of the training data, in their order"
+    )
+
+
+def wrong_input(run: TrainedRun, file: h5py.File) -> str | None:
+    """What is wrong with the embedding for a run that was trained on one."""
+    name = f"obsm/{run.embed_key}"
+    node = file.get(name)
+    if node is None:
+        there = some(sorted(file.get("obsm", ()))) or "none"
+        return (
+            f"{file.filename} has no {name}, on which the run was trained (obsm: {there}). Compute "
+            "it as there"
+        )
+    place = f"adata.obsm[{run.embed_key!r}]"
+    if is_sparse(node):
+        return (
+            f"{file.filename} has {name} stored as {stored_as(node)}, which state tx infer cannot "
+            f"take. Write it again after {rewriting(f'{place} = {place}.toarray()')}"
+        )
+    width = matrix_shape(node)[1]
+    if run.input_width not in (None, width):
+        return (
+            f"{file.filename} has {count(width, 'column')} in {name}, and the run was trained on "
+            f"{run.input_width:,}. Compute it as there"
+        )
+    return None
+
+
+def shared_controls(run: TrainedRun, file: h5py.File, controls: np.ndarray) -> list[str]:
+    """Which cells `state tx infer` would predict from control cells of other cell types.
+
+    Parameters
+    ----------
+    controls
+        bool (cells,): control cells.
+    """
+    columns = obs_columns(file)
+    column = next((c for c in (run.cell_type, *CELL_TYPE_COLUMNS) if c in columns), None)
+    if column is None:
+        return [
+            f"no obs column {run.cell_type!r}: state tx infer draws control cells of any cell type"
+        ]
+    names, codes = open_column(file, column)
+    types = codes[:]
+    bare = sorted({int(t) for t in types} - {int(t) for t in types[controls]} - {-1})
+    if not bare:
+        return []
+    return [
+        f"no control cell in {some(str(names[t]) for t in bare)}: state tx infer draws them from "
+        "all other cell types"
+    ]
+
+
+def unknown_batches(run: TrainedRun, file: h5py.File) -> tuple[list[str], list[str]]:
+    """(problems, warnings) of the batches of a template, for a model that reads them."""
+    if run.batch is None:
+        return [], []
+    if run.batch not in obs_columns(file):
+        return [
+            f"{file.filename} has no obs column {run.batch!r}, the batch that the model reads: "
+            "state tx infer would end in a KeyError. Add it, with batches of the training data"
+        ], []
+    known = run.vectors(run.folder / "batch_onehot_map.torch")
+    names, codes = open_column(file, run.batch)
+    there = [str(names[code]) for code in sorted({*codes[:].tolist()} - {-1})]
+    unknown = [name for name in there if name not in known]
+    if not unknown:
+        return [], []
+    return [], [
+        f"{file.filename}: {count(len(unknown), 'label')} of {run.batch!r} not known to the run "
+        f"({some(unknown)}): state tx infer takes the run's first batch, {next(iter(known))}, for "
+        f"{them(len(unknown))}"
+    ]
+
+
+def check_template(run: TrainedRun, labels: Labels, args: argparse.Namespace) -> int:
+    """What `state tx infer` would predict as control, or on mixed-up genes, today.
+
+    Raises
+    ------
+    InputError
+        There is something.
+    """
+    own = run.vectors(run.features) if run.features.is_file() else {}
+    known = run.known(run.vectors(run.map_path), own)
+    wanted = [x for x in labels.names if x != run.control]
+    unknown = [x for x in wanted if x not in known and labels.needed_in(x)]
+    total = count(len(wanted), "label")
+    problems, doubts = check_templates(run, args)
+    if unknown:
+        try:
+            run.manifest()
+            remedy = "Add them: this command without --dry-run"
+            named = [x for x in unknown if CONTROL_GUIDES.fullmatch(letters(x))]
+            if named:
+                remedy += f" (if {named[0]} is the control, label its cells {run.control} instead)"
+        except InputError as refused:
+            remedy = str(refused)
+        problems.append(
+            f"{len(unknown):,} of {total} not known to {args.into_run} ({some(unknown)}): state "
+            f"tx infer would predict them as control. {remedy}"
+        )
+    zeros, filled = filled_in(run, wanted, known, args)
+    problems += zeros
+    if problems:
+        raise one_error(problems)
+    log.info("%s, none of which would be predicted as control by %s", total, args.into_run)
+    for text in [*filled, *doubts]:
+        warn(text)
+    return 0
+
+
+def filled_in(
+    run: TrainedRun,
+    names: Iterable[str],
+    known: Mapping[str, torch.Tensor],
+    args: argparse.Namespace,
+) -> tuple[list[str], list[str]]:
+    """What to say of labels that are known by zeros, and by vectors not their own."""
+    manifest = read_manifest(run.features) or {}
+    there = [x for x in names if x != run.control and x in known]
+    zeros = [x for x in there if not known[x].any()]
+    means = [x for x in there if x in manifest.get("missing", {}) and x not in zeros]
+    zero_texts, texts = [], []
+    if zeros:
+        zero_texts.append(
+            f"{count(len(zeros), 'label')} with a zero vector in {args.into_run} ({some(zeros)}): "
+            "state tx infer predicts them as control, as --missing zero chose. Leave them out, or "
+            "train on features that have them"
+        )
+    if means:
+        texts.append(
+            f"{count(len(means), 'label')} with the mean of other vectors in {args.into_run} "
+            f"({some(means)}), as --missing mean chose"
+        )
+    if manifest.get("ablation"):
+        kind = manifest["ablation"]["kind"]
+        texts.append(f"{args.into_run} was trained on an ablation ({kind})")
+    return zero_texts, texts

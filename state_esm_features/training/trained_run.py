@@ -1,0 +1,201 @@
+"""What a run directory knows of its perturbations, and by which options they were made.
+
+Nothing is written here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from state_esm_features.console import InputError
+from state_esm_features.embedding.downloads import arc_table_path
+from state_esm_features.embedding.features_file import read_manifest
+from state_esm_features.files import existing_file, is_tensor, read_json, read_torch
+from state_esm_features.options import ARC_SHA256, option_words
+from state_esm_features.training.stock import INFER_LOADS
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """What a run directory of train_with_esm_features.py knows of its perturbations.
+
+    Attributes
+    ----------
+    map_path
+        What `state tx infer` looks labels up in; a label that it lacks is predicted with the
+        vector of the control.
+    features
+        The run's own features, from which stock writes the map anew when the run is resumed.
+    control, pert_col
+        As it was trained.
+    started_in
+        The working directory of its training.
+    genes
+        `fingerprint` of the genes of X that it was trained on; None if it reads an embedding.
+    embed_key, input_width
+        The matrix of obsm that it reads, or None for X; its columns, or None if nothing tells.
+    cell_type
+        The obs column by which `state tx infer` chooses control cells.
+    batch
+        The obs column of the batch that its model reads, or None if it reads none.
+    """
+
+    folder: Path
+    control: str
+    pert_col: str
+    started_in: Path
+    genes: Mapping[str, Any] | None
+    embed_key: str | None
+    input_width: int | None
+    cell_type: str
+    batch: str | None
+
+    def file(self, path: str) -> str:
+        """A file that its features were made of: seen from here, or from where it was started."""
+        there = self.started_in / path
+        return path if Path(path).exists() or not there.exists() else str(there)
+
+    @property
+    def map_path(self) -> Path:
+        return self.folder / "pert_onehot_map.pt"
+
+    @property
+    def features(self) -> Path:
+        return self.folder / "pert_features.pt"
+
+    def vectors(self, path: Path) -> dict[str, torch.Tensor]:
+        """{label: vector} of one of these files, in its order."""
+        import numpy as np
+
+        existing_file(path, "file of the run")
+        # cell-load names what it fills in with zeros by numpy's text, which is no code either
+        text = (np.str_().__reduce__()[0], np.dtype, np.dtypes.StrDType)
+        content = read_torch(path, allowed=text)
+        if not (isinstance(content, dict) and content and all(map(is_tensor, content.values()))):
+            raise InputError(f"{path} is no dict of label -> tensor")
+        return {str(label): vector for label, vector in content.items()}
+
+    def known(self, in_map: Mapping[str, torch.Tensor], own: Collection[str]) -> dict[str, Any]:
+        """{label: vector} of the map, but for labels of no cell, to which cell-load gave zeros.
+
+        `own` are the labels of the run's features, which lack those.
+        """
+        return {x: v for x, v in in_map.items() if x in own or x == self.control or v.any()}
+
+    def manifest(self) -> dict[str, Any]:
+        """Where its features come from.
+
+        Raises
+        ------
+        InputError
+            Nothing tells that, or they are no real features.
+        """
+        manifest = read_manifest(existing_file(self.features, "features of the run"))
+        if manifest is None:
+            raise InputError(
+                f"nothing tells which table or model the vectors of {self.features} come from: it "
+                "has no manifest of create_esm_pert_features.py. Train on a file that has one"
+            )
+        if manifest["ablation"]:
+            raise InputError(
+                f"{self.folder} was trained on an ablation ({manifest['ablation']['kind']}): a new "
+                "gene has no vector there. Add genes to a run on real features"
+            )
+        return manifest
+
+
+def open_run(folder: Path) -> TrainedRun:
+    """The run in a folder.
+
+    Raises
+    ------
+    InputError
+        There is none, or its training has not begun.
+    """
+    if not folder.is_dir():
+        raise InputError(f"--into-run {folder} is no folder (looked in {Path.cwd()})")
+    record = read_json(folder / "run.json") or {}
+    settings = record.get("identity", {}).get("settings", {})
+    control, column = (settings.get(f"data.kwargs.{key}") for key in ("control_pert", "pert_col"))
+    if not control or not column:
+        raise InputError(f"{folder} is no run of train_with_esm_features.py: it has no run.json")
+    model = str(settings.get("model.name"))
+    if model.lower() not in INFER_LOADS:
+        raise InputError(
+            f"{folder} is a run of the model {model}, which state tx infer cannot load: no labels "
+            "can be added to it. state tx predict predicts the cells that it held out"
+        )
+    started_in = Path(record["starts"][-1].get("folder", "."))
+    reads_batch = settings.get("model.kwargs.batch_encoder")
+    run = TrainedRun(
+        *(folder.resolve(), str(control), str(column), started_in, record.get("genes")),
+        embed_key=settings.get("data.kwargs.embed_key"),
+        input_width=record.get("input_width"),
+        cell_type=str(settings.get("data.kwargs.cell_type_key")),
+        batch=str(settings.get("data.kwargs.batch_col")) if reads_batch else None,
+    )
+    if not run.map_path.is_file():
+        raise InputError(f"{folder} has no {run.map_path.name}: its training has not begun")
+    return run
+
+
+def options_of_run(run_dir: Path, given: Sequence[str]) -> list[str]:
+    """The options by which the run's own features were made, as words, unless `given`.
+
+    Raises
+    ------
+    InputError
+        A file that they were made of is not there.
+    """
+    run = open_run(run_dir)
+    manifest = run.manifest()
+    options: dict[str, Any] = {
+        key: value for key, value in manifest["policy"].items() if value is not None
+    }
+    options |= {"esm-embeddings": [], "fasta": []}
+    files = []
+    tables: dict[str, list[str]] = {}  # a table may have been named at several places
+    for source in manifest["sources"]:
+        if source["kind"] == "table":
+            tables.setdefault(source["sha256"], []).append(run.file(source["path"]))
+    for sha256, paths in tables.items():
+        path = next((p for p in paths if Path(p).exists()), paths[0])
+        if sha256 == ARC_SHA256 and not Path(path).exists():
+            path = str(arc_table_path(dry_run=False))
+        options["esm-embeddings"].append(path)
+        files.append(("--esm-embeddings", path))
+    for source in manifest["sources"]:
+        if source["kind"] == "esm2":
+            made = ("isoforms", "long", "layer", "precision")
+            options |= {"esm-model": source["model"], **{k: source.get(k) for k in made}}
+            paths = [run.file(f["path"]) for f in source["fasta"]]
+            options["fasta"] += paths
+            files += [("--fasta", path) for path in paths]
+            if Path(run.file(source["model"])).is_file():
+                options["esm-model"] = run.file(source["model"])
+    options["alias"] = [  # those of the user: nothing else leads from name to gene
+        f"{part['name']}={part['gene']}"
+        for label, record in manifest["labels"].items()
+        for part in record.get("parts", [{"name": label, **record}])
+        if part["how"] == "alias"
+        and "via" not in part
+        and not any(w.removeprefix("--alias=").startswith(f"{part['name']}=") for w in given)
+    ]
+    for names in manifest["symbols"]:
+        if "path" in names:
+            options["hgnc"] = run.file(names["path"])
+            files.append(("--hgnc", options["hgnc"]))
+    for option, path in files:
+        if not any(word.partition("=")[0] == option for word in given) and not Path(path).exists():
+            raise InputError(
+                f"the features of {run_dir} were made of {path}, which is not there (looked in "
+                f"{Path.cwd()}); say where it is with {option} FILE"
+            )
+    options = {k: list(dict.fromkeys(v)) if isinstance(v, list) else v for k, v in options.items()}
+    return option_words(options, [w for w in given if not w.startswith("--alias")])
