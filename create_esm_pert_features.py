@@ -52,35 +52,17 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from state_esm_features import __version__
-from state_esm_features.console import (
-    InputError,
-    count,
-    exit_code,
-    log,
-    start_log,
-)
+from state_esm_features.console import InputError, count, exit_code, log, start_log
 from state_esm_features.embedding.features import resolve_labels
-from state_esm_features.embedding.features_file import (
-    manifest_path,
-    set_aside,
-    write_features,
-)
-from state_esm_features.embedding.labels import (
-    collect_labels,
-)
+from state_esm_features.embedding.features_file import manifest_path, set_aside, write_features
+from state_esm_features.embedding.labels import collect_labels
 from state_esm_features.embedding.plot import draw
 from state_esm_features.embedding.report import summary, write_report
-from state_esm_features.embedding.vectors import (
-    warn_of_identical,
-    with_vectors,
-)
-from state_esm_features.files import (
-    begins_with,
-    cannot_write,
-)
+from state_esm_features.embedding.vectors import warn_of_identical, with_vectors
+from state_esm_features.files import begins_with, cannot_write
 from state_esm_features.options import (
     ABLATION_HELP,
     DEFAULT_CONTROL,
@@ -92,86 +74,8 @@ from state_esm_features.options import (
     options_of_toml,
     say_options_of_toml,
 )
-from state_esm_features.training.new_labels import (
-    add_to_run,
-)
+from state_esm_features.training.new_labels import add_to_run
 from state_esm_features.training.trained_run import options_of_run
-
-if TYPE_CHECKING:
-    pass
-
-# ---------------------------------------------------------------------------------------------
-# What both scripts share: messages, exit codes, hashes, whole files
-# ---------------------------------------------------------------------------------------------
-
-
-# ---------------------------------------------------------------------------------------------
-# The TOML and the files it names, as cell-load sees them
-# ---------------------------------------------------------------------------------------------
-
-
-# ---------------------------------------------------------------------------------------------
-# Labels: what stands in the data
-# ---------------------------------------------------------------------------------------------
-
-
-# ---------------------------------------------------------------------------------------------
-# Sources: tables {gene symbol: vector}
-# ---------------------------------------------------------------------------------------------
-
-
-# ---------------------------------------------------------------------------------------------
-# Sources: protein sequences
-# ---------------------------------------------------------------------------------------------
-
-
-# ---------------------------------------------------------------------------------------------
-# ESM2: weights
-# ---------------------------------------------------------------------------------------------
-
-
-# ---------------------------------------------------------------------------------------------
-# ESM2: forward
-# ---------------------------------------------------------------------------------------------
-
-
-# ---------------------------------------------------------------------------------------------
-# ESM2: cache and run
-# ---------------------------------------------------------------------------------------------
-
-
-# ---------------------------------------------------------------------------------------------
-# Symbols: which gene a name means
-# ---------------------------------------------------------------------------------------------
-
-
-# ---------------------------------------------------------------------------------------------
-# Resolution: label -> gene(s) -> vector
-# ---------------------------------------------------------------------------------------------
-
-
-# ---------------------------------------------------------------------------------------------
-# Output
-# ---------------------------------------------------------------------------------------------
-
-
-# ---------------------------------------------------------------------------------------------
-# Picture
-# ---------------------------------------------------------------------------------------------
-
-
-# ---------------------------------------------------------------------------------------------
-# The way from labels to features, up to the vectors and with them
-# ---------------------------------------------------------------------------------------------
-
-
-# ---------------------------------------------------------------------------------------------
-# New labels for a trained run
-# ---------------------------------------------------------------------------------------------
-
-# ---------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -52,7 +52,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from state_esm_features import __version__
 from state_esm_features.console import (
@@ -64,17 +64,9 @@ from state_esm_features.console import (
     start_log,
     warn,
 )
-from state_esm_features.embedding.features_file import (
-    read_manifest,
-)
-from state_esm_features.experiment import (
-    load_experiment,
-)
-from state_esm_features.files import (
-    Busy,
-    run_lock,
-    write_json,
-)
+from state_esm_features.embedding.features_file import read_manifest
+from state_esm_features.experiment import load_experiment
+from state_esm_features.files import Busy, run_lock, write_json
 from state_esm_features.options import (
     BATCH_COLUMNS_HELP,
     DEFAULT_CONTROL,
@@ -91,28 +83,11 @@ from state_esm_features.options import (
     say_options_of_toml,
     workers,
 )
-from state_esm_features.training.fast_copies import (
-    make_copies,
-)
-from state_esm_features.training.loop import (
-    follow,
-    refuse_changed_files,
-    train,
-)
-from state_esm_features.training.plan import (
-    OWN_FEATURES,
-    Plan,
-    describe,
-    make_plan,
-)
-from state_esm_features.training.processes import (
-    follows,
-    one_launch,
-    repeat_hash_seed,
-)
-from state_esm_features.training.progress import (
-    Training,
-)
+from state_esm_features.training.fast_copies import make_copies
+from state_esm_features.training.loop import follow, refuse_changed_files, train
+from state_esm_features.training.plan import OWN_FEATURES, Plan, describe, make_plan
+from state_esm_features.training.processes import follows, one_launch, repeat_hash_seed
+from state_esm_features.training.progress import Training
 from state_esm_features.training.run_dir import (
     OR_ANOTHER,
     close_record,
@@ -123,51 +98,7 @@ from state_esm_features.training.run_dir import (
     refuse_if_held,
     start,
 )
-from state_esm_features.training.stock import (
-    typed_settings,
-)
-
-if TYPE_CHECKING:
-    pass
-
-# ---------------------------------------------------------------------------------------------
-# The stock configuration
-# ---------------------------------------------------------------------------------------------
-
-
-# ---------------------------------------------------------------------------------------------
-# Preflight: what would go wrong, or go wrong in silence, found before anything is written
-# ---------------------------------------------------------------------------------------------
-
-
-# ---------------------------------------------------------------------------------------------
-# The model: what State's own training makes of the configuration, tried without data
-# ---------------------------------------------------------------------------------------------
-
-
-# ---------------------------------------------------------------------------------------------
-# Fast loading: each data file written once more, in the order and form in which it is read
-# ---------------------------------------------------------------------------------------------
-
-
-# ---------------------------------------------------------------------------------------------
-# The plan: everything decided, nothing written
-# ---------------------------------------------------------------------------------------------
-
-
-# ---------------------------------------------------------------------------------------------
-# The run directory
-# ---------------------------------------------------------------------------------------------
-
-
-# ---------------------------------------------------------------------------------------------
-# Training: the stock function, with our callbacks appended at one seam
-# ---------------------------------------------------------------------------------------------
-
-
-# ---------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------
+from state_esm_features.training.stock import typed_settings
 
 
 def announce_ablation(manifest: Mapping[str, Any] | None) -> None:
