@@ -50,35 +50,39 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from state_esm_features import __version__
-from state_esm_features.console import InputError, count, exit_code, log, start_log
+from state_esm_features.console import InputError, count, exit_code, log, some, start_log, warn
 from state_esm_features.embedding.features import resolve_labels
 from state_esm_features.embedding.features_file import manifest_path, set_aside, write_features
 from state_esm_features.embedding.labels import collect_labels
 from state_esm_features.embedding.plot import draw
 from state_esm_features.embedding.report import summary, write_report
 from state_esm_features.embedding.vectors import warn_of_identical, with_vectors
+from state_esm_features.experiment import features_section, say_section
 from state_esm_features.files import begins_with, cannot_write
-from state_esm_features.options import (
-    ABLATION_HELP,
-    DEFAULT_CONTROL,
-    GENE_LIST_HELP,
-    INTO_RUN_HELP,
-    PERT_COLUMNS_HELP,
+from state_esm_features.h5ad import columns_of_all
+from state_esm_features.option_groups import (
+    AblationOptions,
+    FeatureOptions,
+    LabelOptions,
+    OutputOptions,
     add_feature_options,
-    check_usage,
-    options_of_toml,
-    say_options_of_toml,
+    feature_options,
+    misused,
 )
+from state_esm_features.options import add_options, first_given, make
 from state_esm_features.training.new_labels import add_to_run
-from state_esm_features.training.trained_run import options_of_run
+from state_esm_features.training.templates import check_template, check_templates, filled_in
+from state_esm_features.training.trained_run import TrainedRun, open_run, options_of_run
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The options, which `option_groups` declares; what is not given is not in the namespace."""
     parser = argparse.ArgumentParser(
         prog="create_esm_pert_features.py",
         usage="%(prog)s (--from-toml | --gene-list | --adata) FILE\n"
@@ -88,45 +92,24 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="Then: train_with_esm_features.py --config TOML --pert-features FILE.pt",
         allow_abbrev=False,
     )
-    file: dict[str, Any] = {"type": Path, "metavar": "FILE"}
-    files: dict[str, Any] = {**file, "action": "append", "default": []}
-
-    add = parser.add_argument_group("labels (at least one)").add_argument
-    add("--from-toml", **file, help="labels of every file that cell-load would read for this TOML")
-    add("--gene-list", **files, help=f".txt, one a line, or .csv/.tsv with {GENE_LIST_HELP}")
-    add("--adata", **files, help="labels of one more .h5ad, e.g. a template; repeatable")
-    add("--all-genes", action="store_true", help="every gene of the source table")
-    add("--pert-col", metavar="COL", help=f"obs column (default: found: {PERT_COLUMNS_HELP})")
-    add("--control-pert", metavar="LABEL", default=DEFAULT_CONTROL, help="(default: %(default)s)")
-
+    add_options(parser, LabelOptions, "labels (at least one)")
     add_feature_options(parser)
-
-    add = parser.add_argument_group("ablation").add_argument
-    add("--ablation", choices=("shuffle", "random", "onehot"), help=ABLATION_HELP)
-    add("--seed", type=int, default=42, metavar="N", help="of the ablation (default: 42)")
-
-    add = parser.add_argument_group("output").add_argument
-    add("--output", **file, help="features to write; FILE.json beside it is its manifest")
-    add("--into-run", type=Path, metavar="DIR", help=INTO_RUN_HELP)
-    add("--report", **file, help="tab-separated: how each label was resolved")
-    add("--plot", **file, help="PNG: map of the vectors (UMAP), and their pairwise cosines")
-    add("--dry-run", action="store_true", help="resolve, write no features, download nothing")
-    add("--quiet", action="store_true", help="warnings and errors only")
-    add("--version", action="version", version=__version__)
+    add_options(parser, AblationOptions, "ablation")
+    add_options(parser, OutputOptions, "output")
+    parser.add_argument("--version", action="version", version=__version__)
     return parser
 
 
-def check_outputs(args: argparse.Namespace) -> None:
+def check_outputs(output: OutputOptions, inputs: Iterable[Path | None]) -> None:
     """Refuse outputs that cannot be written, or would take the place of what is no such output.
 
     An older features file needs no check: `set_aside` keeps it.
     """
-    inputs = (args.from_toml, args.aliases, args.hgnc, *args.gene_list, *args.adata, *args.fasta)
     taken = {path.resolve(): "an input" for path in inputs if path}
     for option, path, start in (
-        ("--output", args.output, b""),
-        ("--report", args.report, b"label\t"),
-        ("--plot", args.plot, b"\x89PNG"),
+        ("--output", output.output, b""),
+        ("--report", output.report, b"label\t"),
+        ("--plot", output.plot, b"\x89PNG"),
     ):
         if path is None:
             continue
@@ -146,71 +129,117 @@ def check_outputs(args: argparse.Namespace) -> None:
             raise cannot_write(path, error) from error
 
 
-def run(args: argparse.Namespace) -> int:
+def write_file(given: Mapping[str, Any], options: FeatureOptions, command: Sequence[str]) -> int:
     """From labels to the features file, in the order of the data."""
-    check_outputs(args)
-    ablation = {"kind": args.ablation, "seed": args.seed} if args.ablation else None
-    labels = collect_labels(args)
-    resolved = resolve_labels(labels, args, args.all_genes, args.report, can_report=True)
+    wanted, output = make(LabelOptions, given), make(OutputOptions, given)
+    ablated, missing = make(AblationOptions, given), options.policy.missing
+    ablation = (
+        {"kind": ablated.ablation, "seed": ablated.ablation_seed} if ablated.ablation else None
+    )
+    files = (*wanted.gene_list, *wanted.adata, *options.sources.fasta)
+    check_outputs(output, (wanted.from_toml, options.symbols.aliases, options.symbols.hgnc, *files))
+    labels = collect_labels(wanted)
+    resolved = resolve_labels(
+        labels, options, output.dry_run, wanted.all_genes, output.report, can_report=True
+    )
     if resolved is None:
         return 0
     resolver, resolutions = resolved.resolver, resolved.resolutions
-    if args.dry_run and resolved.to_embed:
-        log.info("%s", summary(resolutions, labels, resolver, args, ablation=ablation))
+    if output.dry_run and resolved.to_embed:
+        log.info("%s", summary(resolutions, labels, resolver, missing, ablation=ablation))
         log.info("dry run: %s to compute, nothing written", count(len(resolved.to_embed), "gene"))
         return 0
-    features, vectors = resolved.features(args, ablation)
+    features, vectors = resolved.features(options, ablation)
     own = with_vectors(resolutions, features)
-    if args.report:
-        write_report(args.report, resolutions, resolver.sources, args, own, resolved.left_out)
-    if args.plot:
-        draw(args.plot, resolutions, vectors, features, resolved.tables)
+    if output.report:
+        write_report(output.report, resolutions, resolver.sources, missing, own, resolved.left_out)
+    if output.plot:
+        draw(output.plot, resolutions, vectors, features, resolved.tables)
     warn_of_identical(own)
-    log.info("%s", summary(resolutions, labels, resolver, args, features, ablation))
-    if args.dry_run:
-        set_aside(args.output, act=False)
-        log.info("dry run: %s not written", args.output)
+    log.info("%s", summary(resolutions, labels, resolver, missing, features, ablation))
+    assert output.output is not None  # the parser has asked for it
+    if output.dry_run:
+        set_aside(output.output, act=False)
+        log.info("dry run: %s not written", output.output)
         return 0
     write_features(
-        args.output,
+        output.output,
         features,
-        lambda sha256: resolved.manifest(features, sha256, args, args.command, ablation),
+        lambda sha256: resolved.manifest(features, sha256, options, command, ablation),
     )
-    print(args.output)
+    print(output.output)
     return 0
+
+
+def extend_run(
+    run: TrainedRun, given: Mapping[str, Any], options: FeatureOptions, command: Sequence[str]
+) -> int:
+    """Give a run the labels that it lacks; a dry run says what would be predicted wrongly."""
+    wanted = make(LabelOptions, {"control_pert": run.control, **given})
+    if wanted.control_pert != run.control:
+        raise InputError(
+            f"--control-pert {wanted.control_pert}: the run's control is {run.control}; give the "
+            "control cells that label"
+        )
+    if wanted.pert_col is None and run.pert_col in columns_of_all(wanted.adata):
+        wanted = replace(wanted, pert_col=run.pert_col)
+    labels = collect_labels(wanted, for_run=True)
+    if given.get("dry_run"):
+        for doubt in check_template(run, labels, wanted.adata, wanted.pert_col):
+            warn(doubt)
+        return 0
+    run.manifest()  # refuses a run whose features nobody knows
+    names, known = list(labels.names), run.vectors(run.features)
+    added = add_to_run(run, labels, options, command)
+    problems, doubts = check_templates(run, wanted.adata, wanted.pert_col)
+    zeros, filled = filled_in(run, names, known)
+    for text in (*problems, *doubts, *zeros, *filled):
+        warn(text)
+    if added:
+        log.info("added     %s to %s: %s", count(len(added), "label"), run.named, some(added))
+    else:
+        log.info("up to date: %s knows all of these labels", run.named)
+    print(run.map_path)
+    return 0
+
+
+def start(parser: argparse.ArgumentParser, typed: Mapping[str, Any], words: Sequence[str]) -> int:
+    """Decide which options hold, and do what they ask for."""
+    of_run, run = {}, None
+    section = features_section(typed.get("from_toml"))
+    if typed.get("into_run"):
+        run = open_run(typed["into_run"])
+        if not typed.get("dry_run"):
+            of_run = options_of_run(run, {**section, **typed})
+    if section:
+        say_section(section, typed["from_toml"], typed)
+    given = first_given(typed, section, of_run)
+    options = feature_options(given)
+    wrong = misused(options, given)
+    if wrong:
+        parser.error(wrong)
+    if run is not None:
+        return extend_run(run, given, options, words)
+    return write_file(given, options, words)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parser = build_parser()
     words = list(sys.argv[1:] if argv is None else argv)
-    args = parser.parse_args(words)
-    if not (args.from_toml or args.gene_list or args.adata or args.all_genes):
-        every = "" if args.into_run else ", or --all-genes"
+    typed = vars(parser.parse_args(words))
+    into_run = typed.get("into_run")
+    if not {"from_toml", "gene_list", "adata", "all_genes"} & {*typed}:
+        every = "" if into_run else ", or --all-genes"
         parser.error(f"no labels: give --from-toml, --gene-list or --adata{every}")
-    if args.output is None and args.into_run is None:
+    if "output" not in typed and not into_run:
         parser.error("--output FILE is required")
-    if args.into_run:
+    if into_run:
         for name in ("output", "all_genes", "ablation", "report", "plot"):
-            if getattr(args, name):
+            if name in typed:
                 parser.error(f"--{name.replace('_', '-')} does not go with --into-run")
-    start_log(args.quiet)
-
-    def step() -> int:
-        more = []
-        if args.into_run and not args.dry_run:
-            more = options_of_run(args.into_run, words)
-        # aliases of a TOML are added to those of the run
-        over = [*words, *(w for w in more if not w.startswith("--alias="))]
-        in_toml = options_of_toml(args.from_toml, over)
-        say_options_of_toml(args.from_toml, in_toml)
-        more += in_toml
-        whole = parser.parse_args([*more, *words])
-        whole.command = words
-        check_usage(parser, whole)
-        return add_to_run(whole) if whole.into_run else run(whole)
-
-    return exit_code(step)
+    start_log(typed.get("quiet", False))
+    return exit_code(lambda: start(parser, typed, words))
 
 
 if __name__ == "__main__":

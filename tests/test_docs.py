@@ -19,7 +19,7 @@ import create_esm_pert_features
 import state_esm_features
 import train_with_esm_features
 from state_esm_features.experiment import experiment_problems, load_experiment
-from state_esm_features.options import add_feature_options
+from state_esm_features.option_groups import add_feature_options
 
 SCRIPTS = {
     "create_esm_pert_features": create_esm_pert_features,

@@ -34,6 +34,7 @@ from state_esm_features.embedding import downloads
 from state_esm_features.embedding import vectors as vectors_module
 from state_esm_features.embedding.cache import network_file_system
 from state_esm_features.embedding.fasta import Proteins, genes_in_header, load_proteins
+from state_esm_features.option_groups import SequenceOptions
 
 Create = Callable[..., Result]
 
@@ -107,8 +108,7 @@ def parse(tmp_path: Path) -> Callable[..., Proteins]:
         for i, content in enumerate(contents):
             paths.append(tmp_path / f"{i}.fasta")
             paths[-1].write_bytes(content.encode() if isinstance(content, str) else content)
-        args = script.build_parser().parse_args([f"--fasta={p}" for p in paths])
-        return load_proteins(args)
+        return load_proteins(paths, SequenceOptions())
 
     return load
 
@@ -312,7 +312,7 @@ def test_what_is_written_as_fasta_is_read_back(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "p.fasta"
         path.write_bytes(text.encode())
-        proteins = load_proteins(script.build_parser().parse_args([f"--fasta={path}"]))
+        proteins = load_proteins([path], SequenceOptions())
     assert sequences_of(proteins) == expected
     assert list(proteins.symbols) == list(expected)
     assert proteins.left_out == {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import json
 import shutil
@@ -14,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, SMALL, Result, run_script
+from conftest import SMALL, Result, run_script
 from random_esm2 import write_checkpoint
 from test_train_run import FAST, TINY, make_screen, run_json
 
@@ -308,37 +307,6 @@ def test_missing_labels_have_one_message_in_both_scripts(
         ask = f"{ASK}rename with --alias OLD=NEW, {report}or accept with --missing mean"
         ask = "" if message.endswith("astype('category')") else ask  # they are no genes
         assert (code, said[-1]) == (1, f"error: {message}{ask}")
-
-
-def attributes_read(names: list[str]) -> set[str]:
-    """Attributes of `args` that these functions read, or those they hand `args` to."""
-    parts = [*ROOT.glob("*.py"), *(ROOT / "state_esm_features").rglob("*.py")]
-    functions = {
-        node.name: node
-        for path in parts
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.FunctionDef)
-    }
-    found, todo, done = set(), list(names), set()
-    while todo:
-        name = todo.pop()
-        if name in done or name not in functions:
-            continue
-        done.add(name)
-        for node in ast.walk(functions[name]):
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-                found |= {node.attr} if node.value.id == "args" else set()
-            given = node.args if isinstance(node, ast.Call) else ()
-            if any(isinstance(a, ast.Name) and a.id == "args" for a in given):
-                todo.append(getattr(node.func, "id", ""))
-    return found
-
-
-def test_every_option_that_a_shared_function_reads_is_one_of_the_training() -> None:
-    shared = ["resolve_labels", "read_vectors", "build_features", "build_manifest", "summary"]
-    read = attributes_read(shared)
-    assert {"missing", "esm_model", "combine", "precision"} <= read
-    assert read - vars(train_with_esm_features.parse(["--config", "c.toml"])).keys() == set()
 
 
 def test_named_features_need_no_options_and_leave_the_table_alone(train: Any, folder: Path) -> None:

@@ -54,7 +54,7 @@ from test_train_run import (
 import train_with_esm_features as script
 from state_esm_features.console import InputError, start_log
 from state_esm_features.embedding.features_file import read_manifest
-from state_esm_features.options import LAYOUTS
+from state_esm_features.option_groups import LAYOUTS
 from state_esm_features.training import fast_copies
 from state_esm_features.training.fast_copies import BLOCK, make_copies
 from state_esm_features.training.plan import Plan, make_plan
@@ -144,9 +144,10 @@ def plan(folder: Path, words: tuple[str, ...]) -> Callable[..., Plan]:
     """The plan of a command line."""
 
     def of(*arguments: object) -> Plan:
-        args = script.parse([*words, *TINY, *map(str, arguments)])
-        manifest = read_manifest(args.pert_features)
-        return make_plan(args, args.output_dir.absolute() / args.name, None, manifest, Path())
+        options = script.parse([*words, *TINY, *map(str, arguments)])
+        manifest = read_manifest(options.data.pert_features)
+        place = options.run.output_dir.absolute() / options.run.name
+        return make_plan(options, place, None, manifest, Path())
 
     return of
 
@@ -1069,12 +1070,12 @@ def test_bare_option_before_an_override_means_sorted(run: Run, folder: Path) -> 
 def test_bare_option_at_the_end_or_before_an_option_means_sorted(
     words: tuple[str, ...], last: tuple[str, ...]
 ) -> None:
-    assert script.parse([*words, *last]).fast_loading == "sorted"
-    assert script.parse([*words, *last, "--data-cache", "x"]).data_cache == Path("x")
+    assert script.parse([*words, *last]).training.fast_loading == "sorted"
+    assert script.parse([*words, *last, "--data-cache", "x"]).training.data_cache == Path("x")
 
 
 def test_no_option_means_no_copies(words: tuple[str, ...]) -> None:
-    assert script.parse([*words]).fast_loading is None
+    assert script.parse([*words]).training.fast_loading is None
 
 
 def test_cache_without_the_option_is_a_usage_error(run: Run, folder: Path) -> None:

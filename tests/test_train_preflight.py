@@ -27,7 +27,7 @@ import train_with_esm_features as script
 from state_esm_features.console import Findings
 from state_esm_features.files import available_memory
 from state_esm_features.h5ad import gene_names
-from state_esm_features.options import BATCH_COLUMNS
+from state_esm_features.option_groups import BATCH_COLUMNS
 from state_esm_features.training import preflight
 from state_esm_features.training.data import Columns, Data, DataFile
 from state_esm_features.training.model_check import try_model

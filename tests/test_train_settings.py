@@ -410,8 +410,8 @@ def test_printed_command_gives_the_configuration_of_the_plan(ready: Path) -> Non
     from state.__main__ import load_hydra_config
 
     flags = ("--seed", "3", "--max-steps", "7", "--wandb-project", "p q", "--wandb-tags", "a,b c")
-    args = script.build_parser().parse_intermixed_args([*FILES, *flags, "training.lr=0.5"])
-    plan = make_plan(args, ready / "elsewhere" / "my run", None, None, Path())
+    options = script.parse([*FILES, *flags, "training.lr=0.5"])
+    plan = make_plan(options, ready / "elsewhere" / "my run", None, None, Path())
     words = shlex.split(plan.stock_command())
     theirs = OmegaConf.to_container(
         load_hydra_config("tx", words[words.index("train") + 1 :]), resolve=True

@@ -5,7 +5,6 @@ How they are computed is not known here.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sqlite3
 import tempfile
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from state_esm_features.console import warn
+from state_esm_features.option_groups import SequenceOptions
 
 if TYPE_CHECKING:
     import torch
@@ -115,15 +115,15 @@ def network_file_system(path: Path) -> str | None:
     return kind if remote else None
 
 
-def open_cache(args: argparse.Namespace) -> Cache:
+def open_cache(options: SequenceOptions) -> Cache:
     """The cache in --cache DIR, or in the user's cache folder, if that is on a local disk."""
     import platformdirs
 
-    if args.no_cache:
+    if options.no_cache:
         return Cache(None)
-    folder = args.cache or platformdirs.user_cache_path("state-esm-features")
+    folder = options.cache or platformdirs.user_cache_path("state-esm-features")
     kind = network_file_system(folder)
-    if kind and args.cache:
+    if kind and options.cache:
         warn(
             f"--cache {folder} is on a network file system ({kind}), where SQLite is not safe when "
             "two runs use it at once; choose a folder on a local disk"

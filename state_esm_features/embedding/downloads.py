@@ -11,7 +11,7 @@ from pathlib import Path
 
 from state_esm_features.console import InputError, _line, log
 from state_esm_features.files import existing_file, sha256_of
-from state_esm_features.options import (
+from state_esm_features.option_groups import (
     ARC_BYTES,
     ARC_FILE,
     ARC_REPOSITORY,

@@ -5,7 +5,6 @@ The encoder itself stands in `esm2`.
 
 from __future__ import annotations
 
-import argparse
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,7 @@ from state_esm_features.embedding.downloads import weights_path
 from state_esm_features.embedding.esm2 import Checkpoint, Esm2, open_checkpoint
 from state_esm_features.embedding.fasta import Proteins, Recipe, windows
 from state_esm_features.embedding.tables import Table
-from state_esm_features.options import ESM2_WIDTHS, WINDOW
+from state_esm_features.option_groups import ESM2_WIDTHS, WINDOW, SequenceOptions
 
 if TYPE_CHECKING:
     import torch
@@ -105,11 +104,11 @@ def slow_in(dtype: torch.dtype) -> bool:
     return min(half) > 2 * min(single)
 
 
-def choose_recipe(checkpoint: Checkpoint, args: argparse.Namespace) -> Recipe:
+def choose_recipe(checkpoint: Checkpoint, options: SequenceOptions) -> Recipe:
     """What the command line and the device make of a model."""
-    layer = checkpoint.layers if args.layer is None else args.layer
-    precision = choose_precision(args.precision, choose_device(args.device))
-    return Recipe(checkpoint.sha256, layer, "mean", args.long, precision)
+    layer = checkpoint.layers if options.layer is None else options.layer
+    precision = choose_precision(options.precision, choose_device(options.device))
+    return Recipe(checkpoint.sha256, layer, "mean", options.long, precision)
 
 
 def embed_all(
@@ -141,7 +140,7 @@ def embed_all(
 
 
 def find_checkpoint(
-    genes: Sequence[str], tables: Sequence[Table], args: argparse.Namespace
+    genes: Sequence[str], tables: Sequence[Table], options: SequenceOptions, dry_run: bool
 ) -> Checkpoint | None:
     """The model that computes `genes`, as wide as the tables; None if a dry run has no weights."""
 
@@ -150,21 +149,21 @@ def find_checkpoint(
             fitting = [m for m, w in ESM2_WIDTHS.items() if w == tables[0].width]
             raise InputError(
                 f"{count(len(genes), 'gene')} not in {tables[0].path} ({some(genes)}) would be "
-                f"computed with {args.esm_model}, which gives {width:,} values a gene; the table "
-                f"has {tables[0].width:,}. Choose an --esm-model of that width"
+                f"computed with {options.esm_model}, which gives {width:,} values a gene; the "
+                f"table has {tables[0].width:,}. Choose an --esm-model of that width"
                 + (f" ({fitting[0]})" if fitting else "")
                 + ", or leave the table out"
             )
 
-    check_width(ESM2_WIDTHS.get(args.esm_model))  # before gigabytes are downloaded
-    path = weights_path(args.esm_model, args.dry_run)
+    check_width(ESM2_WIDTHS.get(options.esm_model))  # before gigabytes are downloaded
+    path = weights_path(options.esm_model, dry_run)
     if path is None:
         return None
-    checkpoint = open_checkpoint(args.esm_model, path)
+    checkpoint = open_checkpoint(options.esm_model, path)
     check_width(checkpoint.width)
-    if args.layer is not None and not 0 <= args.layer <= checkpoint.layers:
+    if options.layer is not None and not 0 <= options.layer <= checkpoint.layers:
         raise InputError(
-            f"--layer {args.layer}: {args.esm_model} has layers 0 (embeddings) to "
+            f"--layer {options.layer}: {options.esm_model} has layers 0 (embeddings) to "
             f"{checkpoint.layers}"
         )
     return checkpoint
@@ -174,7 +173,7 @@ def embed_genes(
     genes: Sequence[str],
     proteins: Proteins,
     checkpoint: Checkpoint,
-    args: argparse.Namespace,
+    options: SequenceOptions,
     for_run: bool,
 ) -> dict[str, torch.Tensor]:
     """{gene: mean vector of its proteins, float32 (width,)}; each sequence is embedded once.
@@ -186,22 +185,22 @@ def embed_genes(
     """
     import torch
 
-    device = choose_device(args.device)
-    recipe = choose_recipe(checkpoint, args)
+    device = choose_device(options.device)
+    recipe = choose_recipe(checkpoint, options)
     layer, precision = recipe.layer, recipe.precision
     proteins.recipe, proteins.width = recipe, checkpoint.width
     sequences = list(dict.fromkeys(p.sequence for gene in genes for p in proteins[gene]))
     long = sum(len(s) > WINDOW for s in sequences)
-    if long and args.long == "truncate":
+    if long and options.long == "truncate":
         warn(f"{count(long, 'protein')} cut after {WINDOW:,} residues by --long truncate")
-    cache = open_cache(args)
+    cache = open_cache(options)
     found = {s: cache.get(recipe.key(s)) for s in sequences}
     vectors = {s: vector for s, vector in found.items() if vector is not None}
     missing = [s for s in sequences if s not in vectors]
     log.info(
         "%s of %s: %s in the cache, %s to compute with %s on %s in %s",
         *(count(len(sequences), "protein"), count(len(genes), "gene"), f"{len(vectors):,}"),
-        *(f"{len(missing):,}", args.esm_model, device.type, precision),
+        *(f"{len(missing):,}", options.esm_model, device.type, precision),
     )
     if missing:
         dtype = getattr(torch, precision)
@@ -211,7 +210,7 @@ def embed_genes(
         try:
             model = Esm2(checkpoint, device, dtype)
             progress = Progress(missing)
-            for sequence, vector in embed_all(model, missing, layer, args.long):
+            for sequence, vector in embed_all(model, missing, layer, options.long):
                 vectors[sequence] = vector
                 cache.put(recipe.key(sequence), vector)
                 progress.add(sequence)
@@ -222,7 +221,7 @@ def embed_genes(
             if not for_run:
                 other = f"--precision bfloat16, {other} or a smaller --esm-model"
             raise InputError(
-                f"out of memory on {device.type}, where {args.esm_model} in {precision} and one "
+                f"out of memory on {device.type}, where {options.esm_model} in {precision} and one "
                 f"window of {WINDOW:,} residues must fit; what is finished is kept. Free memory "
                 f"there, or choose {other}"
             ) from error

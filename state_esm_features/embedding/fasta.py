@@ -5,14 +5,13 @@ No vector is computed here.
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import hashlib
 import itertools
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 from state_esm_features.console import InputError, _line, count, some, warn
 from state_esm_features.embedding.gene_names import without_version
 from state_esm_features.files import begins_with, existing_file, sha256_of
-from state_esm_features.options import STRIDE, WINDOW
+from state_esm_features.option_groups import STRIDE, WINDOW, SequenceOptions
 
 NUCLEOTIDES = frozenset("ACGTUN")
 
@@ -191,7 +190,7 @@ def read_fasta(path: Path) -> Iterator[tuple[str, str]]:
         ) from error
 
 
-def load_proteins(args: argparse.Namespace) -> Proteins:
+def load_proteins(paths: Sequence[Path], options: SequenceOptions) -> Proteins:
     """Read every --fasta.
 
     Raises
@@ -199,9 +198,9 @@ def load_proteins(args: argparse.Namespace) -> Proteins:
     InputError
         A file cannot be read, holds no record or nucleotides; no record at all can be used.
     """
-    proteins = Proteins(args.isoforms, args.long, args.esm_model)
+    proteins = Proteins(options.isoforms, options.long, options.esm_model)
     records = 0
-    for path in args.fasta:
+    for path in paths:
         letters: set[str] = set()
         before = records
         for header, sequence in read_fasta(path):

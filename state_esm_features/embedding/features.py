@@ -5,7 +5,6 @@ Each step stands in a module of its own.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ from state_esm_features.embedding.resolve import (
 )
 from state_esm_features.embedding.tables import Table, open_tables
 from state_esm_features.embedding.vectors import ablate, build_features, read_vectors
-from state_esm_features.options import ESM2_WIDTHS
+from state_esm_features.option_groups import ESM2_WIDTHS, FeatureOptions
 
 if TYPE_CHECKING:
     import torch
@@ -61,35 +60,35 @@ class Resolved:
     to_embed: list[str]
     checkpoint: Checkpoint | None
 
-    def width(self, args: argparse.Namespace) -> int | None:
+    def width(self, model: str) -> int | None:
         """Length of the vectors, as far as it is known without computing one."""
         if self.tables:
             return self.tables[0].width
         known = self.checkpoint.width if self.checkpoint else None
-        return known or ESM2_WIDTHS.get(args.esm_model)
+        return known or ESM2_WIDTHS.get(model)
 
     def features(
-        self, args: argparse.Namespace, ablation: Mapping[str, Any] | None = None
+        self, options: FeatureOptions, ablation: Mapping[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """({label: vector}, {gene: vector}), read, computed, ablated, combined."""
         sources, for_run = self.resolver.sources, self.labels.for_run
-        vectors = read_vectors(self.used, sources, self.checkpoint, args, for_run)
+        vectors = read_vectors(self.used, sources, self.checkpoint, options.sequences, for_run)
         if ablation:
             vectors = dict(ablate(vectors, ablation["kind"], ablation["seed"]))
         width = len(next(iter(vectors.values())))
-        return build_features(self.resolutions, vectors, width, args), vectors
+        return build_features(self.resolutions, vectors, width, options.policy), vectors
 
     def manifest(
         self,
         features: Mapping[str, torch.Tensor],
         features_sha256: str,
-        args: argparse.Namespace,
+        options: FeatureOptions,
         command: Sequence[str],
         ablation: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """What the manifest says of a file of these features, made by `command`."""
         manifest = build_manifest(
-            *(args, self.labels, self.resolver, self.resolutions),
+            *(options, self.labels, self.resolver, self.resolutions),
             *(features, features_sha256, command, ablation),
         )
         left_out = {r.label: r.reason for r in self.left_out}
@@ -98,7 +97,8 @@ class Resolved:
 
 def resolve_labels(
     labels: Labels,
-    args: argparse.Namespace,
+    options: FeatureOptions,
+    dry_run: bool = False,
     all_genes: bool = False,
     report: Path | None = None,
     can_report: bool = False,
@@ -107,9 +107,8 @@ def resolve_labels(
 
     Parameters
     ----------
-    args
-        Options that both scripts have (`add_feature_options`) and --dry-run; what one of them has
-        alone comes in the other parameters.
+    options
+        What both commands have; what one of them has alone comes in the other parameters.
     can_report
         The command has --report.
 
@@ -118,8 +117,11 @@ def resolve_labels(
     InputError
         A source cannot be read, or labels are missing and --missing does not allow it.
     """
-    tables = open_tables(args)
-    sources: list[Source] = [*tables, *([load_proteins(args)] if args.fasta else [])]
+    fasta, policy = options.sources.fasta, options.policy
+    tables = open_tables(options.sources, dry_run)
+    sources: list[Source] = [*tables]
+    if fasta:
+        sources.append(load_proteins(fasta, options.sequences))
     if not sources:  # a dry run that would have to download
         log.info("%s to look up: %s", count(len(labels.names), "label"), some(labels.names))
         return None
@@ -127,15 +129,15 @@ def resolve_labels(
         genes = [g for source in sources for g in source.symbols if g != labels.control]
         labels.add(genes, path=some(str(source.path) for source in sources), kind="all-genes")
     names = dict.fromkeys([*labels.names, labels.control])
-    aliases = read_aliases(args.alias, args.aliases)
-    resolver = Resolver(sources, aliases, labels.control, args)
+    aliases = read_aliases(options.symbols.alias, options.symbols.aliases)
+    resolver = Resolver(sources, aliases, labels.control, options.symbols)
     every = resolve(names, resolver)
-    left_out = leave_out_unused(every, labels, args.missing)
+    left_out = leave_out_unused(every, labels, policy.missing)
     none = {r.label for r in left_out}
     resolutions = [r for r in every if r.label not in none]
     if report:
-        write_report(report, resolutions, sources, args, left_out=left_out)
-    check_missing(resolutions, labels, resolver, args.missing, can_report)
+        write_report(report, resolutions, sources, policy.missing, left_out=left_out)
+    check_missing(resolutions, labels, resolver, policy.missing, can_report)
     holders = {r.label: labels.holders[r.label] for r in left_out}
     files = dict.fromkeys(p for paths in holders.values() for p in paths if p in labels.columns)
     unused = [label for label, paths in holders.items() if not files.keys().isdisjoint(paths)]
@@ -147,6 +149,8 @@ def resolve_labels(
             f"none of the {count(len(names) - 1, 'label')} is in a source: other species or "
             f"naming? labels: {some(names)}; {sources[0].path}: {some(sources[0].symbols)}"
         )
-    to_embed = used[-1] if args.fasta else []
-    checkpoint = find_checkpoint(to_embed, tables, args) if to_embed else None
+    to_embed = used[-1] if fasta else []
+    checkpoint = None
+    if to_embed:
+        checkpoint = find_checkpoint(to_embed, tables, options.sequences, dry_run)
     return Resolved(labels, tables, resolver, resolutions, left_out, used, to_embed, checkpoint)

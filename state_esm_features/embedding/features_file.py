@@ -5,7 +5,6 @@ What the vectors mean is not known here.
 
 from __future__ import annotations
 
-import argparse
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from state_esm_features.embedding.labels import Labels
 from state_esm_features.embedding.resolve import Gene, Resolution, Resolver, Source, how_resolved
 from state_esm_features.embedding.vectors import identical, with_vectors
 from state_esm_features.files import as_json, keep, place_to_keep, read_json, sha256_of, staged
+from state_esm_features.option_groups import FeatureOptions
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +59,7 @@ def label_record(resolution: Resolution, sources: Sequence[Source], missing: str
 
 
 def build_manifest(
-    args: argparse.Namespace,
+    options: FeatureOptions,
     labels: Labels,
     resolver: Resolver,
     resolutions: Sequence[Resolution],
@@ -71,6 +71,7 @@ def build_manifest(
     """The manifest: the same for the same inputs, so it holds no time of day."""
     import torch
 
+    symbols, policy = options.symbols, options.policy
     return {
         "format": MANIFEST_FORMAT,
         "versions": {
@@ -80,20 +81,21 @@ def build_manifest(
         },
         "command": command,
         "control": labels.control,
+        "pert_col": labels.column,
         "width": len(features[labels.control]),
         "features_sha256": features_sha256,
         "inputs": labels.inputs,
         "sources": [source.record() for source in resolver.sources],
         "symbols": [names.origin for names in resolver.names_read],
         "policy": {
-            "missing": args.missing,
-            "combine": args.combine,
-            "separator": args.separator,
-            "label_regex": args.label_regex and args.label_regex.pattern,
-            "prefer_previous": args.prefer_previous,
+            "missing": policy.missing,
+            "combine": policy.combine,
+            "separator": symbols.separator,
+            "label_regex": symbols.label_regex and symbols.label_regex.pattern,
+            "prefer_previous": symbols.prefer_previous,
         },
         "ablation": ablation,
-        "labels": {r.label: label_record(r, resolver.sources, args.missing) for r in resolutions},
+        "labels": {r.label: label_record(r, resolver.sources, policy.missing) for r in resolutions},
         "missing": {r.label: r.reason for r in resolutions if r.reason},
         "identical": identical(with_vectors(resolutions, features)),
     }

@@ -5,7 +5,6 @@ What they mean is not known here.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -42,7 +41,7 @@ from state_esm_features.h5ad import (
     open_labels,
     storage_problems,
 )
-from state_esm_features.options import GENE_LIST_COLUMNS, PERT_COLUMNS
+from state_esm_features.option_groups import GENE_LIST_COLUMNS, PERT_COLUMNS, LabelOptions
 
 if TYPE_CHECKING:
     from cell_load.config import ExperimentConfig
@@ -295,19 +294,19 @@ def _gene_list_column(path: Path, header: list[str], pert_col: str | None) -> st
     )
 
 
-def collect_labels(args: argparse.Namespace) -> Labels:
-    """Every label the command asks for, but for --all-genes."""
-    labels = Labels(control=args.control_pert, for_run=args.into_run is not None)
-    if args.from_toml:
-        add_toml_labels(labels, args.from_toml, args.pert_col)
-    if args.adata:
-        column = label_column(args.adata, args.pert_col)
-        for path, found in labels_of_files(args.adata, column, None).items():
+def collect_labels(options: LabelOptions, for_run: bool = False) -> Labels:
+    """Every label that is asked for, but for --all-genes."""
+    labels = Labels(control=options.control_pert, for_run=for_run)
+    if options.from_toml:
+        add_toml_labels(labels, options.from_toml, options.pert_col)
+    if options.adata:
+        column = label_column(options.adata, options.pert_col)
+        for path, found in labels_of_files(options.adata, column, None).items():
             labels.columns[str(path)] = column
             labels.add(found, **data_file_origin(path))
-    for path in args.gene_list:
+    for path in options.gene_list:
         labels.add(
-            read_gene_list(path, args.pert_col),
+            read_gene_list(path, options.pert_col),
             path=str(path),
             kind="gene-list",
             sha256=sha256_of(path),

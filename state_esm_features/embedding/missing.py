@@ -5,11 +5,11 @@ How a label is resolved stands in `resolve`.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import re
 import shlex
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from state_esm_features.console import InputError, count, have, shown, some, them, warn
@@ -54,7 +54,7 @@ def with_options(resolver: Resolver, control: str | None = None, **options: Any)
     for shared in ("names", "keys_in_capitals", "keys_of_gene", "doubtful_keys_of_gene"):
         getattr(resolver, shared)  # read once, not in every copy
     tried = copy.copy(resolver)
-    tried.args = argparse.Namespace(**{**vars(resolver.args), **options})
+    tried.options = replace(resolver.options, **options)
     tried.control, tried.aliases_used = control or resolver.control, set()
     return tried
 
@@ -91,7 +91,7 @@ def suggest_form(
     """
     labels = [r.label for r in missing if not any(p.paste for p in r.parts)]
     sample = labels[:: len(labels) // 300 + 1]
-    now, regex_now = resolver.args.separator, resolver.args.label_regex
+    now, regex_now = resolver.options.separator, resolver.options.label_regex
     marks = [m for m in SEPARATORS if any(m in x for x in labels)]
     if any(now in x for x in labels):  # which may be no separator here
         marks += [m for m in SEPARATORS if m not in marks][:1]
@@ -142,7 +142,7 @@ def only_blanks(
     missing: Sequence[Resolution], resolver: Resolver, column: str
 ) -> tuple[list[Resolution], str]:
     """Labels that resolve without blanks at their ends, and the line of Python that strips them."""
-    mark = resolver.args.separator
+    mark = resolver.options.separator
     control = neat(resolver.control, mark)
     tried = with_options(resolver, control)
     cured = [

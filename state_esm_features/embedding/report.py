@@ -5,7 +5,6 @@ Nothing is decided here.
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,7 +31,7 @@ def write_report(
     path: Path,
     resolutions: Sequence[Resolution],
     sources: Sequence[Source],
-    args: argparse.Namespace,
+    missing: str,
     vectors: Mapping[str, torch.Tensor] | None = None,
     left_out: Sequence[Resolution] = (),
 ) -> None:
@@ -46,8 +45,8 @@ def write_report(
     for r in [*resolutions, *left_out]:
         used = [(p.gene, sources[p.source]) for p in r.parts if p.gene and p.source is not None]
         proteins = [p for gene, source in used for p in source.origin(gene).get("proteins", [])]
-        how = how_resolved(r, args.missing)
-        if r.reason and args.missing == "error":
+        how = how_resolved(r, missing)
+        if r.reason and missing == "error":
             how = "left out" if r in left_out else "missing"
         closest = next(iter(near.get(r.label, [])), None)
         cells = (
@@ -71,14 +70,14 @@ def summary(
     resolutions: Sequence[Resolution],
     labels: Labels,
     resolver: Resolver,
-    args: argparse.Namespace,
+    missing: str,
     features: Mapping[str, torch.Tensor] | None = None,
     ablation: Mapping[str, Any] | None = None,
 ) -> str:
     """The closing table: labels by how they were resolved, missing ones by reason, sources, and,
     once there are features, the nearest neighbours of a few well-known genes.
     """
-    hows = [how_resolved(r, args.missing) for r in resolutions]
+    hows = [how_resolved(r, missing) for r in resolutions]
     tally = ", ".join(f"{hows.count(h):,} {h}" for h in dict.fromkeys(sorted(hows)))
     rows = [
         ("labels", f"{len(resolutions):,} ({tally})"),

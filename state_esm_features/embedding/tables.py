@@ -5,7 +5,6 @@ How a label finds its gene is not known here.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from state_esm_features.console import InputError, _line, count, log, some
 from state_esm_features.embedding.downloads import arc_table_path
 from state_esm_features.files import existing_file, read_torch, sha256_of
+from state_esm_features.option_groups import SourceOptions
 
 if TYPE_CHECKING:
     import torch
@@ -216,9 +216,9 @@ def _check_dtypes(path: Path, content: Mapping[str, torch.Tensor]) -> None:
         log.info("%s: %s of shape (1, width) flattened", path, count(rows, "row"))
 
 
-def open_tables(args: argparse.Namespace) -> list[Table]:
+def open_tables(options: SourceOptions, dry_run: bool) -> list[Table]:
     """The tables of --esm-embeddings, all of one width; Arc's if there is no source at all."""
-    paths = args.esm_embeddings or ([] if args.fasta else [arc_table_path(args.dry_run)])
+    paths = options.esm_embeddings or ([] if options.fasta else [arc_table_path(dry_run)])
     tables = [load_table(path) for path in paths if path is not None]
     for table in tables[1:]:
         if table.width != tables[0].width:

@@ -5,7 +5,6 @@ Where the genes come from is not known here.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from state_esm_features.embedding.embed import embed_genes
 from state_esm_features.embedding.esm2 import Checkpoint
 from state_esm_features.embedding.resolve import Resolution, Source
 from state_esm_features.embedding.tables import Table
+from state_esm_features.option_groups import PolicyOptions, SequenceOptions
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +42,7 @@ def read_vectors(
     used: Sequence[Sequence[str]],
     sources: Sequence[Source],
     checkpoint: Checkpoint | None,
-    args: argparse.Namespace,
+    options: SequenceOptions,
     for_run: bool,
 ) -> dict[str, torch.Tensor]:
     """{gene: float32 (width,)} of the genes used of each source, looked up or computed.
@@ -59,7 +59,7 @@ def read_vectors(
             check_vectors(found, source.path)
             vectors |= found
         elif checkpoint is not None:
-            vectors |= embed_genes(genes, source, checkpoint, args, for_run)
+            vectors |= embed_genes(genes, source, checkpoint, options, for_run)
     return vectors
 
 
@@ -136,7 +136,7 @@ def build_features(
     resolutions: Sequence[Resolution],
     vectors: Mapping[str, torch.Tensor],
     width: int,
-    args: argparse.Namespace,
+    policy: PolicyOptions,
 ) -> dict[str, torch.Tensor]:
     """One vector a label, in the order of the labels.
 
@@ -147,14 +147,14 @@ def build_features(
 
     zero = torch.zeros(width)
     filler = zero
-    if args.missing == "mean":
+    if policy.missing == "mean":
         filler = torch.stack([vectors[g] for g in sorted(vectors)]).double().mean(0).float()
     features = {}
     for resolution in resolutions:
         genes = [p for p in resolution.parts if p.how != "control"]
         if genes:
             found = [vectors[p.gene] if p.gene is not None else filler for p in genes]
-            vector = combine(found, args.combine)
+            vector = combine(found, policy.combine)
         else:
             vector = filler if resolution.reason else zero
         features[resolution.label] = vector.clone()

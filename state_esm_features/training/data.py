@@ -27,7 +27,7 @@ from state_esm_features.h5ad import (
     open_labels,
     unused_categories,
 )
-from state_esm_features.options import BATCH_COLUMNS, DEFAULT_CONTROL, PERT_COLUMNS
+from state_esm_features.option_groups import BATCH_COLUMNS, DEFAULT_CONTROL, PERT_COLUMNS
 from state_esm_features.training.expression import check_names_of_output, input_width
 from state_esm_features.training.stock import matrices_read
 
@@ -95,8 +95,15 @@ def find_columns(
     by_dataset: Mapping[str, Sequence[Path]],
     asked: Mapping[str, Any],
     found: Findings,
+    manifest: Mapping[str, Any],
 ) -> Columns | None:
-    """The columns to use, by script 1's rule; None if one cannot be found."""
+    """The columns to use: what is asked for, what the features were made of, or what is found.
+
+    None if one cannot be found.
+    """
+    of_features = manifest.get("pert_col")
+    if of_features and all(of_features in columns for columns in files.values()):
+        asked = {"data.kwargs.pert_col": of_features, **asked}
     batch_advice = (
         "; State does not use the batch unless you tell it to, but cell-load needs a column: any "
         "one that every file has will do"
@@ -120,7 +127,7 @@ def find_columns(
             found.problems.append(f"{error}{advice}")
     if not {"pert_col", "cell_type_key"} <= set(names):
         return None
-    control = asked.get("data.kwargs.control_pert") or DEFAULT_CONTROL
+    control = asked.get("data.kwargs.control_pert") or manifest.get("control", DEFAULT_CONTROL)
     batch = names.get("batch_col", "")  # without one, the rest is checked all the same
     return Columns(names["pert_col"], batch, names["cell_type_key"], str(control))
 

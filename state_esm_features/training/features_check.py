@@ -13,7 +13,7 @@ from state_esm_features.console import Findings, InputError, count, have, some
 from state_esm_features.embedding.features_file import trained_sha256
 from state_esm_features.embedding.missing import say_left_out
 from state_esm_features.files import existing_file, read_torch, sha256_of
-from state_esm_features.options import DEFAULT_CONTROL
+from state_esm_features.option_groups import DEFAULT_CONTROL
 from state_esm_features.training.data import Data
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from state_esm_features.console import Findings, count, some
-from state_esm_features.options import SPACES
+from state_esm_features.option_groups import SPACES
 from state_esm_features.training.data import DataFile
 from state_esm_features.training.stock import (
     counts_read,

@@ -5,17 +5,15 @@ The run is read in `trained_run`.
 
 from __future__ import annotations
 
-import argparse
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from state_esm_features.console import InputError, count, log, short, some, warn
+from state_esm_features.console import InputError, log, short, some, warn
 from state_esm_features.embedding.embed import choose_recipe
 from state_esm_features.embedding.features import Resolved, resolve_labels
 from state_esm_features.embedding.features_file import manifest_path, trained_sha256, write_features
-from state_esm_features.embedding.labels import collect_labels
+from state_esm_features.embedding.labels import Labels
 from state_esm_features.embedding.report import summary
 from state_esm_features.embedding.vectors import (
     build_features,
@@ -25,10 +23,8 @@ from state_esm_features.embedding.vectors import (
     with_vectors,
 )
 from state_esm_features.files import keep, run_lock, sha256_of, staged
-from state_esm_features.h5ad import columns_of_all
-from state_esm_features.options import DEFAULT_CONTROL
-from state_esm_features.training.templates import check_template, check_templates, filled_in
-from state_esm_features.training.trained_run import TrainedRun, open_run
+from state_esm_features.option_groups import FeatureOptions
+from state_esm_features.training.trained_run import TrainedRun
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +35,7 @@ WAIT_SECONDS = 60
 
 
 def check_same_model(
-    resolved: Resolved, manifest: Mapping[str, Any], args: argparse.Namespace
+    resolved: Resolved, run: TrainedRun, manifest: Mapping[str, Any], options: FeatureOptions
 ) -> None:
     """Refuse vectors that are not of the kind that the run was trained on.
 
@@ -49,15 +45,14 @@ def check_same_model(
         Another width, table, model, or way of computing.
     """
     combine = manifest["policy"]["combine"]
-    if args.combine != combine:
+    if options.policy.combine != combine:
         raise InputError(
-            f"{args.into_run} was trained on combinations by --combine {combine}; leave the option "
-            "out"
+            f"{run.named} was trained on combinations by --combine {combine}; leave the option out"
         )
-    width = resolved.width(args)
+    width = resolved.width(options.sequences.esm_model)
     if any(resolved.used) and width != manifest["width"]:
         raise InputError(
-            f"{args.into_run} was trained on vectors of {manifest['width']:,} values, these have "
+            f"{run.named} was trained on vectors of {manifest['width']:,} values, these have "
             f"{width or 0:,}; name the table or --esm-model that its features were made with"
         )
     kept = manifest["sources"]
@@ -68,75 +63,60 @@ def check_same_model(
             of = some(f"{t['path']}, sha256 {t['sha256'][:12]}..." for t in tables) or "no table"
             raise InputError(
                 f"{table.path} (sha256 {sha256[:12]}...) is not what the features of "
-                f"{args.into_run} were made of ({of}): vectors of another model would mean "
+                f"{run.named} were made of ({of}): vectors of another model would mean "
                 "nothing to it. Give that file with --esm-embeddings"
             )
     if resolved.checkpoint is None:
         return
-    recipe = asdict(choose_recipe(resolved.checkpoint, args))
+    recipe = asdict(choose_recipe(resolved.checkpoint, options.sequences))
     recipes = [{k: s[k] for k in recipe} for s in kept if "weights_sha256" in s]
     if recipes and recipe not in recipes:
         old = recipes[0]
         changed = [f"{k} {short(old[k])} -> {short(v)}" for k, v in recipe.items() if old[k] != v]
         raise InputError(
-            f"the features of {args.into_run} were computed otherwise ({'; '.join(changed)}): "
+            f"the features of {run.named} were computed otherwise ({'; '.join(changed)}): "
             "vectors of another model would mean nothing to it. Leave the options of the model out"
         )
     if not recipes:
         warn(
-            f"nothing tells whether {tables[0]['path']} was computed with {args.esm_model}: the "
-            "new vectors are comparable only if it was"
+            f"nothing tells whether {tables[0]['path']} was computed with "
+            f"{options.sequences.esm_model}: the new vectors are comparable only if it was"
         )
 
 
-def add_to_run(args: argparse.Namespace) -> int:
+def add_to_run(
+    run: TrainedRun, labels: Labels, options: FeatureOptions, command: Sequence[str]
+) -> list[str]:
     """Give a run the vectors of labels that it does not know, by the rules of its own features.
 
     What is known stays bit for bit. The features of the run come first, then its map, so that a
     run that was cut off in between is mended by the next call.
+
+    Returns
+    -------
+    added
+        These labels.
     """
-    run = open_run(args.into_run)
-    if args.control_pert not in (DEFAULT_CONTROL, run.control):
-        raise InputError(
-            f"--control-pert {args.control_pert}: the run's control is {run.control}; give the "
-            "control cells that label"
-        )
-    args.control_pert = run.control
-    if args.pert_col is None and run.pert_col in columns_of_all(args.adata):
-        args.pert_col = run.pert_col
-    labels = collect_labels(args)
-    if args.dry_run:
-        return check_template(run, labels, args)
     manifest = run.manifest()
     known = run.vectors(run.features)
     found, resolved = dict[str, Any](), None
-    wanted = list(labels.names)
-    new = [x for x in wanted if x not in known]
+    new = [x for x in labels.names if x not in known]
     if new:
         labels.names = dict.fromkeys(new)
-        resolved = resolve_labels(labels, args)
+        resolved = resolve_labels(labels, options)
         assert resolved is not None  # only a dry run has no source
-        check_same_model(resolved, manifest, args)
-        found = new_vectors(resolved, run, manifest, args)
+        check_same_model(resolved, run, manifest, options)
+        found = new_vectors(resolved, run, manifest, options)
         others = {x: v for x, v in known.items() if x not in {run.control, *manifest["missing"]}}
         warn_of_identical(others | with_vectors(resolved.resolutions, found), new)
-        log.info("%s", summary(resolved.resolutions, labels, resolved.resolver, args, found))
+        missing = options.policy.missing
+        log.info("%s", summary(resolved.resolutions, labels, resolved.resolver, missing, found))
     with run_lock(run.folder, "adding labels to", WAIT_SECONDS):
-        added = write_into_run(run, found, resolved, args)
-    for text in itertools.chain(*check_templates(run, args)):
-        warn(text)
-    for text in itertools.chain(*filled_in(run, wanted, known, args)):
-        warn(text)
-    if added:
-        log.info("added     %s to %s: %s", count(len(added), "label"), args.into_run, some(added))
-    else:
-        log.info("up to date: %s knows all of these labels", args.into_run)
-    print(run.map_path)
-    return 0
+        return write_into_run(run, found, resolved, options, command)
 
 
 def new_vectors(
-    resolved: Resolved, run: TrainedRun, manifest: Mapping[str, Any], args: argparse.Namespace
+    resolved: Resolved, run: TrainedRun, manifest: Mapping[str, Any], options: FeatureOptions
 ) -> dict[str, torch.Tensor]:
     """{new label: vector}; the mean of --missing mean is over the run's genes and the new ones."""
     there = run.vectors(run.features)
@@ -146,9 +126,11 @@ def new_vectors(
         if "gene" in record
     }
     sources = resolved.resolver.sources
-    found = read_vectors(resolved.used, sources, resolved.checkpoint, args, for_run=True)
+    found = read_vectors(
+        resolved.used, sources, resolved.checkpoint, options.sequences, for_run=True
+    )
     vectors = known | found
-    features = build_features(resolved.resolutions, vectors, manifest["width"], args)
+    features = build_features(resolved.resolutions, vectors, manifest["width"], options.policy)
     return {label: vector for label, vector in features.items() if label != run.control}
 
 
@@ -156,7 +138,8 @@ def write_into_run(
     run: TrainedRun,
     found: Mapping[str, torch.Tensor],
     resolved: Resolved | None,
-    args: argparse.Namespace,
+    options: FeatureOptions,
+    command: Sequence[str],
 ) -> list[str]:
     """Extend the run's features and its map by what they do not hold now; returns these labels."""
     import torch
@@ -171,7 +154,8 @@ def write_into_run(
     with staged(run.map_path, lambda f: torch.save({**in_map, **missing}, f)):
         log.info("the map of before is kept as %s", keep(run.map_path))
         if new and resolved:
-            before, described = run.manifest(), resolved.manifest(features, "", args, args.command)
+            before = run.manifest()
+            described = resolved.manifest(features, "", options, command)
             keep(run.features)
             keep(manifest_path(run.features))
             write_features(

@@ -5,11 +5,10 @@ The run directory stands in `run_dir`.
 
 from __future__ import annotations
 
-import argparse
 import os
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,19 @@ from state_esm_features.embedding.report import summary
 from state_esm_features.embedding.vectors import warn_of_identical, with_vectors
 from state_esm_features.files import existing_file, existing_parent
 from state_esm_features.h5ad import storage_problems
-from state_esm_features.options import feature_words
+from state_esm_features.option_groups import (
+    CONSECUTIVE,
+    FEATURES,
+    WORKERS,
+    DataOptions,
+    FeatureOptions,
+    RunOptions,
+    TrainingOptions,
+    WandbOptions,
+    feature_options,
+    without_defaults,
+)
+from state_esm_features.options import as_words, make
 from state_esm_features.training.data import Data
 from state_esm_features.training.fast_copies import FastLoading
 from state_esm_features.training.fast_loading import describe_loading, plan_fast_loading
@@ -30,9 +41,7 @@ from state_esm_features.training.model_check import check_model, data_dims, try_
 from state_esm_features.training.preflight import check_disk, choose_workers, inspect_data
 from state_esm_features.training.splits import split_table
 from state_esm_features.training.stock import (
-    CONSECUTIVE,
     INFER_LOADS,
-    WORKERS,
     compose,
     overrides_of,
     require_known,
@@ -44,8 +53,44 @@ OWN_FEATURES = "pert_features.pt"
 """The features file in a run directory."""
 
 
+@dataclass(frozen=True)
+class TrainOptions:
+    """The options of a training, by what they decide.
+
+    Attributes
+    ----------
+    given
+        {option: value} of those that are not at their default because nothing says them.
+    overrides
+        Hydra overrides of State's configuration, as typed.
+    command
+        As typed.
+    """
+
+    data: DataOptions
+    training: TrainingOptions
+    run: RunOptions
+    features: FeatureOptions
+    given: Mapping[str, Any]
+    overrides: Sequence[str]
+    command: Sequence[str]
+
+    @classmethod
+    def of(
+        cls, given: Mapping[str, Any], overrides: Sequence[str], command: Sequence[str]
+    ) -> TrainOptions:
+        """Those that are given, and the defaults of the others."""
+        return cls(
+            make(DataOptions, given),
+            make(TrainingOptions, given),
+            make(RunOptions, given),
+            feature_options(given),
+            *(given, overrides, command),
+        )
+
+
 def make_features(
-    args: argparse.Namespace,
+    options: TrainOptions,
     data: Data,
     place: Path,
     earlier: Mapping[str, Any] | None,
@@ -69,27 +114,29 @@ def make_features(
     """
     labels = Labels(data.columns.control, in_no_cell={str(f.path): f.unused for f in data.files})
     in_files = {f.path: f.labels for f in data.files}
-    add_labels_found(labels, in_files, data.columns.pert, data.experiment, args.config)
-    words = ["--from-toml", args.config, "--pert-col", data.columns.pert]
-    words += ["--control-pert", data.columns.control, *feature_words(args)]
+    add_labels_found(labels, in_files, data.columns.pert, data.experiment, options.data.config)
+    wanted = options.features
+    words = ["--from-toml", options.data.config, "--pert-col", data.columns.pert]
+    words += ["--control-pert", data.columns.control, *as_words(without_defaults(wanted), FEATURES)]
     command = [str(w) for w in words]  # of create_esm_pert_features.py
-    resolved = resolve_labels(labels, args)
+    resolved = resolve_labels(labels, wanted, options.run.dry_run)
     before = earlier["identity"]["features"]["sha256"] if earlier else None
     unknown = {"sha256": before, "width": 0, "labels": len(labels.names), "ablation": None}
     if resolved is None:
         return None, unknown
     resolver, resolutions = resolved.resolver, resolved.resolutions
-    if found.problems or (args.dry_run and resolved.to_embed):
-        log.info("%s", summary(resolutions, labels, resolver, args))
+    missing = wanted.policy.missing
+    if found.problems or (options.run.dry_run and resolved.to_embed):
+        log.info("%s", summary(resolutions, labels, resolver, missing))
         if resolved.to_embed:
             log.info("%s to compute before the training", count(len(resolved.to_embed), "gene"))
-        return None, {**unknown, "width": resolved.width(args) or 0}
-    features, _ = resolved.features(args)
+        return None, {**unknown, "width": resolved.width(wanted.sequences.esm_model) or 0}
+    features, _ = resolved.features(wanted)
     warn_of_identical(with_vectors(resolutions, features))
-    log.info("%s", summary(resolutions, labels, resolver, args, features))
+    log.info("%s", summary(resolutions, labels, resolver, missing, features))
     path = place / OWN_FEATURES
     write_features(
-        path, features, lambda sha256: resolved.manifest(features, sha256, args, command)
+        path, features, lambda sha256: resolved.manifest(features, sha256, wanted, command)
     )
     checked = Findings()  # its warnings were said in other words
     about = check_features(path, read_manifest(path), data, checked)
@@ -164,38 +211,29 @@ class Plan:
         return (f"PYTHONHASHSEED={seed} " if seed else "") + shlex.join(words)
 
 
-def settings_from_flags(args: argparse.Namespace) -> dict[str, Any]:
-    """{stock key: value} of the options that were given."""
-    tags = args.wandb_tags.split(",") if args.wandb_tags else None
-    given = {
-        "model": args.model,
-        "data.kwargs.pert_col": args.pert_col,
-        "data.kwargs.batch_col": args.batch_col,
-        "data.kwargs.cell_type_key": args.cell_type_key,
-        "data.kwargs.control_pert": args.control_pert,
-        "data.kwargs.embed_key": args.embed_key,
-        "data.kwargs.output_space": args.output_space,
-        WORKERS: None if args.num_workers == "auto" else args.num_workers,
-        CONSECUTIVE: {"sorted": True, "dense": False}.get(args.fast_loading),
-        "data.kwargs.random_seed": args.seed,
-        "training.train_seed": args.seed,
-        "training.max_steps": args.max_steps,
-        "training.batch_size": args.batch_size,
-        "training.val_freq": args.val_freq,
-        "training.ckpt_every_n_steps": args.ckpt_every_n_steps,
-        "use_wandb": True if args.wandb_project else None,
-        "wandb.project": args.wandb_project,
-        "wandb.entity": args.wandb_entity,
-        "wandb.tags": tags,
+def settings_of(given: Mapping[str, Any]) -> dict[str, Any]:
+    """{setting of State: value} of the options that are given."""
+    settings = {
+        key: given[f.name]
+        for group in (DataOptions, TrainingOptions, WandbOptions)
+        for f in fields(group)
+        if f.name in given
+        for key in f.metadata["stock"]
     }
-    settings = {key: value for key, value in given.items() if value is not None}
-    if args.wandb_project and not args.wandb_entity:
-        settings["wandb.entity"] = None  # stock's default is a placeholder
+    if given.get("num_workers", "auto") != "auto":
+        settings[WORKERS] = given["num_workers"]
+    if given.get("fast_loading"):
+        settings[CONSECUTIVE] = given["fast_loading"] == "sorted"
+    if given.get("wandb_project"):
+        settings["use_wandb"] = True
+        settings.setdefault("wandb.entity", None)  # stock's default is a placeholder
+    if given.get("wandb_tags"):
+        settings["wandb.tags"] = given["wandb_tags"].split(",")
     return settings
 
 
 def kept_choices(
-    args: argparse.Namespace, earlier: Mapping[str, Any] | None
+    run: RunOptions, earlier: Mapping[str, Any] | None
 ) -> tuple[Mapping[str, Any], Sequence[str]]:
     """(settings, typed overrides) that stay as in the run that is there, unless given now.
 
@@ -203,27 +241,27 @@ def kept_choices(
     the memory that is free now, and the same command would ask for another run. With --overwrite
     none.
     """
-    if earlier is None or args.overwrite:
+    if earlier is None or run.overwrite:
         return {}, []
-    if args.resume:
+    if run.resume:
         return earlier["settings"], earlier["typed"]
     return {WORKERS: earlier["identity"]["settings"][WORKERS]}, []
 
 
 def choose_settings(
-    args: argparse.Namespace, earlier: Mapping[str, Any] | None
+    options: TrainOptions, earlier: Mapping[str, Any] | None
 ) -> tuple[dict[str, Any], list[str]]:
     """What the user wants: (settings, typed overrides); what is not given may stay as it was."""
-    settings_before, typed_before = kept_choices(args, earlier)
-    typed_now = typed_settings(args.overrides)
+    settings_before, typed_before = kept_choices(options.run, earlier)
+    typed_now = typed_settings(options.overrides)
     kept = [t for t in typed_before if not set(typed_settings([t])) & set(typed_now)]
     defaults = {"model": "state_sm", "use_wandb": False}
-    settings = {**defaults, **settings_before, **settings_from_flags(args)}
-    return settings, [*kept, *args.overrides]
+    settings = {**defaults, **settings_before, **settings_of(options.given)}
+    return settings, [*kept, *options.overrides]
 
 
 def make_plan(
-    args: argparse.Namespace,
+    options: TrainOptions,
     run_dir: Path,
     earlier: Mapping[str, Any] | None,
     manifest: Mapping[str, Any] | None,
@@ -246,7 +284,7 @@ def make_plan(
         All problems found, in one.
     """
     found = Findings()
-    settings, typed = choose_settings(args, earlier)
+    settings, typed = choose_settings(options, earlier)
     asked = settings | typed_settings(typed)
     stock = compose(overrides_of(settings, typed))
     require_numbers(stock["training"])
@@ -254,10 +292,11 @@ def make_plan(
     every = "ckpt_every_n_steps"  # has a default that stock ignores: only an explicit one counts
     interval = int(stock["training"][every]) if f"training.{every}" in asked else None
     data = features = fast = made = None
-    kept = (earlier or {}) if args.resume else {}
-    layout = args.fast_loading or kept.get("fast_loading")
+    named = options.data.pert_features
+    kept = (earlier or {}) if options.run.resume else {}
+    layout = options.training.fast_loading or kept.get("fast_loading")
     with found.collect():
-        data = inspect_data(args.config, asked, stock["data"]["kwargs"], found)
+        data = inspect_data(options.data.config, asked, stock["data"]["kwargs"], found, manifest)
     if data and data.files:  # before hours go into features
         check_model(str(asked["model"]), stock, data.files, found)
     init = stock["model"]["kwargs"].get("init_from")
@@ -265,10 +304,10 @@ def make_plan(
         with found.collect():
             existing_file(init, "checkpoint to start from (model.kwargs.init_from)")
     with found.collect():
-        if args.pert_features:
-            features = check_features(args.pert_features, manifest, data, found)
+        if named:
+            features = check_features(named, manifest, data, found)
         elif data and data.files:
-            made, features = make_features(args, data, place, earlier, found)
+            made, features = make_features(options, data, place, earlier, found)
     if data and data.files:
         unreadable = {
             f.path: [n for n in f.unreadable if not (layout and n.mended)] for f in data.files
@@ -284,7 +323,7 @@ def make_plan(
         reserved = 0
         if layout:
             default = kept.get("data_cache") or run_dir.parent / "data_cache"
-            folder = Path(args.data_cache or default).absolute()
+            folder = Path(options.training.data_cache or default).absolute()
             fast = plan_fast_loading(layout, folder, data, stock, found)
             if existing_parent(folder).stat().st_dev == existing_parent(run_dir).stat().st_dev:
                 reserved = sum(copy.size for copy in fast.missing())
@@ -297,8 +336,8 @@ def make_plan(
     if found.problems or not data or not features:
         raise one_error(list(dict.fromkeys(found.problems)))
     return Plan(
-        toml=args.config,
-        features=args.pert_features or run_dir / OWN_FEATURES,
+        toml=options.data.config,
+        features=named or run_dir / OWN_FEATURES,
         made=made,
         run_dir=run_dir,
         settings=settings,

@@ -107,9 +107,19 @@ def check_disk(
 
 
 def inspect_data(
-    toml_path: Path, asked: Mapping[str, Any], stock: Mapping[str, Any], found: Findings
+    toml_path: Path,
+    asked: Mapping[str, Any],
+    stock: Mapping[str, Any],
+    found: Findings,
+    manifest: Mapping[str, Any] | None = None,
 ) -> Data | None:
-    """TOML, files, columns, genes, controls and splits; None if that cannot be read at all."""
+    """TOML, files, columns, genes, controls and splits; None if that cannot be read at all.
+
+    Parameters
+    ----------
+    manifest
+        Of the features, whose perturbation column and control hold if nothing is asked for.
+    """
     experiment = load_experiment(toml_path)
     wrong = [f"{toml_path}: {p}" for p in experiment_problems(experiment)]
     if not wrong:
@@ -123,7 +133,11 @@ def inspect_data(
     for path in (path for paths in by_dataset.values() for path in paths):
         with found.collect(), open_h5ad(path) as file:
             columns_there[path] = obs_columns(file)
-    columns = find_columns(columns_there, by_dataset, asked, found) if columns_there else None
+    columns = (
+        find_columns(columns_there, by_dataset, asked, found, manifest or {})
+        if columns_there
+        else None
+    )
     if columns is None:
         return None
     if columns.pert == "drugname_drugconc" and columns.control != TAHOE_CONTROL:

@@ -5,14 +5,13 @@ The training itself stands in `loop`.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import importlib.metadata
 import os
 import platform
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +33,13 @@ from state_esm_features.files import (
     write_json,
     write_whole,
 )
+from state_esm_features.option_groups import CONSECUTIVE, RunOptions
 from state_esm_features.training.checkpoints import checkpoint_steps, intact
 from state_esm_features.training.fast_loading import fast_paths
 from state_esm_features.training.launch import launch_id
 from state_esm_features.training.plan import Plan, predict_command
 from state_esm_features.training.progress import Training, draw_training, keep_progress
-from state_esm_features.training.stock import CONSECUTIVE, MANAGED, flat
+from state_esm_features.training.stock import MANAGED, flat
 
 OR_ANOTHER = "let it finish, or choose another --name"
 
@@ -123,7 +123,7 @@ def earlier_run(run_dir: Path) -> dict[str, Any] | None:
     return record
 
 
-def decide(plan: Plan, earlier: Mapping[str, Any] | None, args: argparse.Namespace) -> str:
+def decide(plan: Plan, earlier: Mapping[str, Any] | None, options: RunOptions) -> str:
     """'new', 'resume', 'overwrite' or 'up to date'.
 
     Raises
@@ -133,7 +133,7 @@ def decide(plan: Plan, earlier: Mapping[str, Any] | None, args: argparse.Namespa
     """
     if earlier is None:
         return "new"
-    if args.overwrite:
+    if options.overwrite:
         return "overwrite"
     changed = differences(earlier["identity"], identity(plan))
     finished = earlier["status"] == "finished"
@@ -142,8 +142,8 @@ def decide(plan: Plan, earlier: Mapping[str, Any] | None, args: argparse.Namespa
     listed = "; ".join(f"{k}: {v}" for k, v in list(changed.items())[:5])
     listed += f" and {len(changed) - 5} more" if len(changed) > 5 else ""
     resumable = all(map(MAY_CHANGE_ON_RESUME.match, changed))
-    if args.resume:
-        if not (resumable or args.force):
+    if options.resume:
+        if not (resumable or options.force):
             raise InputError(
                 f"{plan.run_dir} was trained otherwise ({listed}); resuming would mix two runs. "
                 "--overwrite trains anew, --name NAME makes another run, --force mixes them"
@@ -297,7 +297,7 @@ def refuse_hpc_checkpoint(run_dir: Path, how: str) -> None:
 
 
 def start(
-    plan: Plan, earlier: Mapping[str, Any] | None, how: str, args: argparse.Namespace
+    plan: Plan, earlier: Mapping[str, Any] | None, how: str, command: Sequence[str]
 ) -> dict[str, Any]:
     """Prepare the run directory for a new, replaced or resumed run; returns its record."""
     if how == "resume" and earlier is not None:
@@ -347,7 +347,7 @@ def start(
             "from_step": step,
             "at": now(),
             "folder": str(Path.cwd()),
-            "command": args.command,
+            "command": list(command),
             "toml": {"path": str(plan.toml.absolute()), "sha256": sha256_of(plan.toml)},
             **({"note": fresh} if fresh else {}),
         },

@@ -11,16 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from state_esm_features.console import InputError
-from state_esm_features.options import SPACES
+from state_esm_features.option_groups import CONSECUTIVE, SPACES
 
 INFER_LOADS = ("state", "neuralot", "pertsets")
 """model.name of the models that `state tx infer` loads: it knows one class of State 0.11.1."""
-
-
-WORKERS = "data.kwargs.num_workers"
-
-
-CONSECUTIVE = "data.kwargs.use_consecutive_loading"
 
 
 MANAGED = {

@@ -5,11 +5,11 @@ Adding labels stands in `new_labels`.
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from state_esm_features.console import InputError, count, log, one_error, some, them, warn
+from state_esm_features.console import InputError, count, log, one_error, some, them
 from state_esm_features.embedding.features_file import read_manifest
 from state_esm_features.embedding.labels import Labels, label_column
 from state_esm_features.embedding.resolve import CONTROL_GUIDES, letters
@@ -38,13 +38,15 @@ CELL_TYPE_COLUMNS = ("cell_type", "celltype", "cellType", "ctype", "celltype_col
 """obs columns in which `state tx infer` looks for the cell type after the run's own."""
 
 
-def check_templates(run: TrainedRun, args: argparse.Namespace) -> tuple[list[str], list[str]]:
+def check_templates(
+    run: TrainedRun, paths: Sequence[Path], pert_col: str | None
+) -> tuple[list[str], list[str]]:
     """(problems, warnings): what `state tx infer` would do wrong, or otherwise than one may think,
-    on the files of --adata, whatever their labels (state/_cli/_tx/_infer.py of State 0.11.1)."""
+    on templates, whatever their labels (state/_cli/_tx/_infer.py of State 0.11.1)."""
     problems: list[str] = []
     warnings: list[str] = []
-    column = label_column(args.adata, args.pert_col) if args.adata else ""
-    for path in args.adata:
+    column = label_column(paths, pert_col) if paths else ""
+    for path in paths:
         with open_h5ad(path) as file:
             labels, unread_codes = open_labels(file, column)
             codes = unread_codes[:]
@@ -164,8 +166,15 @@ def unknown_batches(run: TrainedRun, file: h5py.File) -> tuple[list[str], list[s
     ]
 
 
-def check_template(run: TrainedRun, labels: Labels, args: argparse.Namespace) -> int:
+def check_template(
+    run: TrainedRun, labels: Labels, paths: Sequence[Path], pert_col: str | None
+) -> list[str]:
     """What `state tx infer` would predict as control, or on mixed-up genes, today.
+
+    Returns
+    -------
+    doubts
+        What is otherwise than one may think.
 
     Raises
     ------
@@ -177,7 +186,7 @@ def check_template(run: TrainedRun, labels: Labels, args: argparse.Namespace) ->
     wanted = [x for x in labels.names if x != run.control]
     unknown = [x for x in wanted if x not in known and labels.needed_in(x)]
     total = count(len(wanted), "label")
-    problems, doubts = check_templates(run, args)
+    problems, doubts = check_templates(run, paths, pert_col)
     if unknown:
         try:
             run.manifest()
@@ -188,24 +197,21 @@ def check_template(run: TrainedRun, labels: Labels, args: argparse.Namespace) ->
         except InputError as refused:
             remedy = str(refused)
         problems.append(
-            f"{len(unknown):,} of {total} not known to {args.into_run} ({some(unknown)}): state "
+            f"{len(unknown):,} of {total} not known to {run.named} ({some(unknown)}): state "
             f"tx infer would predict them as control. {remedy}"
         )
-    zeros, filled = filled_in(run, wanted, known, args)
+    zeros, filled = filled_in(run, wanted, known)
     problems += zeros
     if problems:
         raise one_error(problems)
-    log.info("%s, none of which would be predicted as control by %s", total, args.into_run)
-    for text in [*filled, *doubts]:
-        warn(text)
-    return 0
+    log.info("%s, none of which would be predicted as control by %s", total, run.named)
+    return [*filled, *doubts]
 
 
 def filled_in(
     run: TrainedRun,
     names: Iterable[str],
     known: Mapping[str, torch.Tensor],
-    args: argparse.Namespace,
 ) -> tuple[list[str], list[str]]:
     """What to say of labels that are known by zeros, and by vectors not their own."""
     manifest = read_manifest(run.features) or {}
@@ -215,16 +221,16 @@ def filled_in(
     zero_texts, texts = [], []
     if zeros:
         zero_texts.append(
-            f"{count(len(zeros), 'label')} with a zero vector in {args.into_run} ({some(zeros)}): "
+            f"{count(len(zeros), 'label')} with a zero vector in {run.named} ({some(zeros)}): "
             "state tx infer predicts them as control, as --missing zero chose. Leave them out, or "
             "train on features that have them"
         )
     if means:
         texts.append(
-            f"{count(len(means), 'label')} with the mean of other vectors in {args.into_run} "
+            f"{count(len(means), 'label')} with the mean of other vectors in {run.named} "
             f"({some(means)}), as --missing mean chose"
         )
     if manifest.get("ablation"):
         kind = manifest["ablation"]["kind"]
-        texts.append(f"{args.into_run} was trained on an ablation ({kind})")
+        texts.append(f"{run.named} was trained on an ablation ({kind})")
     return zero_texts, texts

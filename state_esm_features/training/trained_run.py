@@ -5,7 +5,7 @@ Nothing is written here.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,8 @@ from state_esm_features.console import InputError
 from state_esm_features.embedding.downloads import arc_table_path
 from state_esm_features.embedding.features_file import read_manifest
 from state_esm_features.files import existing_file, is_tensor, read_json, read_torch
-from state_esm_features.options import ARC_SHA256, option_words
+from state_esm_features.option_groups import ARC_SHA256, FEATURES
+from state_esm_features.options import names_of, read_table
 from state_esm_features.training.stock import INFER_LOADS
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ class TrainedRun:
 
     Attributes
     ----------
+    named
+        The folder as the user named it.
     map_path
         What `state tx infer` looks labels up in; a label that it lacks is predicted with the
         vector of the control.
@@ -47,6 +50,7 @@ class TrainedRun:
     """
 
     folder: Path
+    named: Path
     control: str
     pert_col: str
     started_in: Path
@@ -134,7 +138,8 @@ def open_run(folder: Path) -> TrainedRun:
     started_in = Path(record["starts"][-1].get("folder", "."))
     reads_batch = settings.get("model.kwargs.batch_encoder")
     run = TrainedRun(
-        *(folder.resolve(), str(control), str(column), started_in, record.get("genes")),
+        *(folder.resolve(), folder, str(control), str(column), started_in),
+        genes=record.get("genes"),
         embed_key=settings.get("data.kwargs.embed_key"),
         input_width=record.get("input_width"),
         cell_type=str(settings.get("data.kwargs.cell_type_key")),
@@ -145,57 +150,67 @@ def open_run(folder: Path) -> TrainedRun:
     return run
 
 
-def options_of_run(run_dir: Path, given: Sequence[str]) -> list[str]:
-    """The options by which the run's own features were made, as words, unless `given`.
+def options_of_run(run: TrainedRun, given: Collection[str] = ()) -> dict[str, Any]:
+    """{option: value} by which the run's own features were made.
+
+    Files of options that are `given` otherwise need not be there.
 
     Raises
     ------
     InputError
         A file that they were made of is not there.
     """
-    run = open_run(run_dir)
     manifest = run.manifest()
-    options: dict[str, Any] = {
-        key: value for key, value in manifest["policy"].items() if value is not None
-    }
-    options |= {"esm-embeddings": [], "fasta": []}
-    files = []
-    tables: dict[str, list[str]] = {}  # a table may have been named at several places
-    for source in manifest["sources"]:
-        if source["kind"] == "table":
-            tables.setdefault(source["sha256"], []).append(run.file(source["path"]))
-    for sha256, paths in tables.items():
-        path = next((p for p in paths if Path(p).exists()), paths[0])
-        if sha256 == ARC_SHA256 and not Path(path).exists():
-            path = str(arc_table_path(dry_run=False))
-        options["esm-embeddings"].append(path)
-        files.append(("--esm-embeddings", path))
-    for source in manifest["sources"]:
-        if source["kind"] == "esm2":
-            made = ("isoforms", "long", "layer", "precision")
-            options |= {"esm-model": source["model"], **{k: source.get(k) for k in made}}
-            paths = [run.file(f["path"]) for f in source["fasta"]]
-            options["fasta"] += paths
-            files += [("--fasta", path) for path in paths]
-            if Path(run.file(source["model"])).is_file():
-                options["esm-model"] = run.file(source["model"])
-    options["alias"] = [  # those of the user: nothing else leads from name to gene
-        f"{part['name']}={part['gene']}"
-        for label, record in manifest["labels"].items()
-        for part in record.get("parts", [{"name": label, **record}])
-        if part["how"] == "alias"
-        and "via" not in part
-        and not any(w.removeprefix("--alias=").startswith(f"{part['name']}=") for w in given)
-    ]
+    options = {name: value for name, value in manifest["policy"].items() if value is not None}
+    options |= files_of_tables(run, manifest) | options_of_sequences(run, manifest)
+    options |= {"alias": aliases_of_user(manifest)}
     for names in manifest["symbols"]:
         if "path" in names:
             options["hgnc"] = run.file(names["path"])
-            files.append(("--hgnc", options["hgnc"]))
-    for option, path in files:
-        if not any(word.partition("=")[0] == option for word in given) and not Path(path).exists():
-            raise InputError(
-                f"the features of {run_dir} were made of {path}, which is not there (looked in "
-                f"{Path.cwd()}); say where it is with {option} FILE"
-            )
-    options = {k: list(dict.fromkeys(v)) if isinstance(v, list) else v for k, v in options.items()}
-    return option_words(options, [w for w in given if not w.startswith("--alias")])
+    for name in ("esm_embeddings", "fasta", "hgnc"):
+        paths = options.get(name, [])
+        for path in paths if isinstance(paths, list) else [paths]:
+            if name not in given and not Path(path).exists():
+                raise InputError(
+                    f"the features of {run.named} were made of {path}, which is not there (looked "
+                    f"in {Path.cwd()}); say where it is with {names_of(FEATURES[name])[0]} FILE"
+                )
+    return read_table({k: v for k, v in options.items() if v != []}, FEATURES)
+
+
+def files_of_tables(run: TrainedRun, manifest: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The tables, each once: one may have been named at several places."""
+    places: dict[str, list[str]] = {}
+    for source in manifest["sources"]:
+        if source["kind"] == "table":
+            places.setdefault(source["sha256"], []).append(run.file(source["path"]))
+    tables = []
+    for sha256, paths in places.items():
+        path = next((p for p in paths if Path(p).exists()), paths[0])
+        if sha256 == ARC_SHA256 and not Path(path).exists():
+            path = str(arc_table_path(dry_run=False))
+        tables.append(path)
+    return {"esm_embeddings": tables}
+
+
+def options_of_sequences(run: TrainedRun, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The proteins, the model, and how it was used."""
+    options: dict[str, Any] = {"fasta": []}
+    for source in manifest["sources"]:
+        if source["kind"] == "esm2":
+            made = ("isoforms", "long", "layer", "precision")
+            options |= {k: source[k] for k in made if source.get(k) is not None}
+            model = run.file(source["model"])
+            options["esm_model"] = model if Path(model).is_file() else source["model"]
+            options["fasta"] += [run.file(f["path"]) for f in source["fasta"]]
+    return options | {"fasta": list(dict.fromkeys(options["fasta"]))}
+
+
+def aliases_of_user(manifest: Mapping[str, Any]) -> list[str]:
+    """OLD=NEW of the aliases that the user gave: nothing else leads from name to gene."""
+    return [
+        f"{part['name']}={part['gene']}"
+        for label, record in manifest["labels"].items()
+        for part in record.get("parts", [{"name": label, **record}])
+        if part["how"] == "alias" and "via" not in part
+    ]

