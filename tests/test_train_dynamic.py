@@ -309,6 +309,59 @@ def test_missing_labels_have_one_message_in_both_scripts(
         assert (code, said[-1]) == (1, f"error: {message}{ask}")
 
 
+@pytest.fixture
+def two_columns(folder: Path) -> str:
+    """The screen with labels in `gene`, of which the control is NT, and `target_gene` beside it;
+    the line of the plan that says what is read."""
+    screen = anndata.read_h5ad("sim.h5ad")
+    names = {"non-targeting": "NT"}
+    screen.obs["gene"] = screen.obs["target_gene"].cat.rename_categories(names)
+    screen.write_h5ad("sim.h5ad")
+    return "columns   perturbation gene, cell type cell_type, batch batch_var, control NT"
+
+
+def test_column_and_control_are_those_of_the_features_if_nothing_else_says_them(
+    train: Any, folder: Path, two_columns: str
+) -> None:
+    done = train("--pert-features", "features.pt", "--dry-run")
+    assert (done.code, done.err.splitlines()[-1]) == (
+        0,
+        "dry run (new): nothing written. The stock command for it:",
+    )  # these were made of target_gene
+    made = create(folder, "--pert-col", "gene", "--control-pert", "NT")
+    assert manifest(made)["pert_col"] == "gene"
+    done = train("--pert-features", made, "--dry-run")
+    assert done.code == 0, done.err
+    assert two_columns in done.err.splitlines()
+    done = train("--pert-features", made, "--control-pert", "SIM001", "--dry-run")
+    assert done.code == 1
+    assert (
+        f"{made} was made for the control 'NT', but this run's control is 'SIM001'; make it again, "
+        "or correct --control-pert" in done.err
+    )
+    done = train("--pert-features", made, "--pert-col", "target_gene", "--dry-run")
+    assert done.code == 1  # what is typed is firmer
+    assert "no cell has the control label 'NT' in obs column 'target_gene'" in done.err
+
+
+def test_column_and_control_may_stand_in_the_table_of_the_toml(
+    train: Any, folder: Path, two_columns: str
+) -> None:
+    sections(f'{TABLE}pert-col = "gene"\ncontrol-pert = "NT"\n')
+    made = create(folder)
+    assert manifest(made)["control"] == "NT"
+    for words in (("--pert-features", made), ()):
+        done = train(*words, "--dry-run")
+        assert done.code == 0, done.err
+        assert two_columns in done.err.splitlines()
+    said = "features  options of [features] in config.toml: "
+    columns = "--pert-col=gene --control-pert=NT"
+    assert f"{said}--esm-embeddings=table.pt {columns}" in done.err.splitlines()
+    done = train("--pert-features", made, "--dry-run")
+    assert f"{said}{columns}" in done.err.splitlines()
+    assert "features  [features] of config.toml is not used: --pert-features" in done.err
+
+
 def test_named_features_need_no_options_and_leave_the_table_alone(train: Any, folder: Path) -> None:
     done = train("--pert-features", "features.pt", "--missing", "mean")
     assert done.code == 2
