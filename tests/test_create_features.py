@@ -370,7 +370,7 @@ def cosine(a: list[float], b: list[float]) -> float:
 # --- shuffle ------------------------------------------------------------------------------------
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     values=st.lists(st.integers(1, 6), min_size=1, max_size=20),
     seed=st.integers(0, 2**32 - 1),

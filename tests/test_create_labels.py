@@ -144,7 +144,7 @@ PIECES = ["a", "b", "x", "z", "/", ".h5", ".h5ad", "*", "?", "[ab]", "**", " ", 
 GROUPS = ["{a,b}", "{x,z}", "{x/a, z/b}", "{.h5,.h5ad}", "{a,nowhere}", "{,a}", "{{a,b},x}"]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     names=st.lists(
         st.tuples(

@@ -294,7 +294,7 @@ RECORD = st.tuples(
 )
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.lists(RECORD, max_size=12), st.sampled_from(["\n", "\r\n", "\n\n"]))
 def test_what_is_written_as_fasta_is_read_back(
     records: list[tuple[str, str, int]], end: str
