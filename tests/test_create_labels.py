@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 import torch
 from cell_load.data_modules import PerturbationDataModule
-from conftest import ROOT, Result
+from conftest import PATIENCE, ROOT, Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -753,7 +753,7 @@ def test_of_a_huge_file_only_the_categories_are_read(tree: Path) -> None:
                 *(sys.executable, "-c", MEASURED, "--from-toml", str(config), "--quiet"),
                 *("--esm-embeddings", "table.pt", "--output", f"{name}.pt"),
             ],
-            **{"cwd": tree, "capture_output": True, "text": True, "timeout": 60},
+            **{"cwd": tree, "capture_output": True, "text": True, "timeout": PATIENCE},
             env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
         )
         assert (done.returncode, done.stdout) == (0, f"{name}.pt\n"), done.stderr
