@@ -828,7 +828,7 @@ def set_back(folder: Path, content: dict[Path, bytes]) -> None:
 
 
 def rows(folder: Path) -> int:
-    with sqlite3.connect(folder / FILE) as db:
+    with sqlite3.connect(folder / FILE, PATIENCE) as db:
         found = db.execute("SELECT count(*) FROM vectors").fetchone()[0]
     db.close()
     return int(found)
