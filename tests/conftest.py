@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import anndata
 import pytest
 import torch
 from demo_data import Screen, simulate, vectors
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 # cell-load reads no nullable strings, which anndata 0.13 writes for every index
 anndata.settings.allow_write_nullable_strings = False
+
+# an example may take as long as it takes on a slow or busy machine
+settings.register_profile(
+    "patient", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("patient")
+
+PATIENCE = 1800
+"""Seconds after which a test that hangs is given up: the only clock of the tests. What they check
+depends on what happened, so they hold on a slow and on a busy machine."""
 
 SMALL = Screen(perturbed=10, families=3, width=8, genes=30, cells=12, controls=24, batches=2)
 
@@ -38,10 +54,97 @@ def run_script(name: str, *arguments: object, cwd: Path, **options: object) -> R
         cwd=cwd,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=PATIENCE,
         **options,  # type: ignore[call-overload]
     )
     return Result(done.returncode, done.stdout, done.stderr)
+
+
+class Process(Protocol):
+    """A subprocess.Popen, or what a test has in its place."""
+
+    def poll(self) -> int | None: ...
+
+    def communicate(self) -> tuple[object, object]: ...
+
+
+def until(
+    condition: Callable[[], object], process: Process | None = None, err: Path | None = None
+) -> None:
+    """Wait until `condition` holds.
+
+    Parameters
+    ----------
+    process
+        Who makes it hold: if that ends without it, the test fails with what it said.
+    err
+        Where it said so, if not in its pipes.
+    """
+    limit = time.monotonic() + PATIENCE
+    while True:
+        # asked before the last look, as its last act may be the one that is waited for
+        ended = process is not None and process.poll() is not None
+        if condition():
+            return
+        if process is not None and ended:
+            said = err.read_text() if err else process.communicate()
+            pytest.fail(f"ended with {process.poll()} before what was waited for: {said}")
+        assert time.monotonic() < limit, "hangs"
+        time.sleep(0.005)
+
+
+def threads_of(pid: int) -> dict[int, tuple[str, str]]:
+    """{thread: (state, how often it was switched away)} of a process; none if it is gone."""
+    found = {}
+    for path in Path(f"/proc/{pid}/task").glob("*/status"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            lines = dict(line.split(":", 1) for line in path.read_text().splitlines())
+            switches = lines["voluntary_ctxt_switches"] + lines["nonvoluntary_ctxt_switches"]
+            found[int(path.parent.name)] = (lines["State"].split()[0], switches)
+    return found
+
+
+def suspend(pid: int) -> bool:
+    """Hold a process, all its threads, where it is until SIGCONT; False if it has ended."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGSTOP)
+    until(lambda: {state for state, _ in threads_of(pid).values()} <= {"T", "Z", "X"})
+    return {state for state, _ in threads_of(pid).values()} == {"T"}
+
+
+def asleep(pid: int) -> bool:
+    """Whether a process waits for something outside: all its threads sleep, and none of them ran
+    between two looks, so that none is about to wake another."""
+    first = threads_of(pid)
+    return {state for state, _ in first.values()} == {"S"} and threads_of(pid) == first
+
+
+@contextlib.contextmanager
+def caught(
+    begin: Callable[[], subprocess.Popen[str]], there: Callable[[], bool]
+) -> Iterator[subprocess.Popen[str]]:
+    """A process that is suspended while `there()` holds.
+
+    On a busy machine a look may come too late, when the process has ended well: then it is begun
+    anew. A process that fails is a failure.
+    """
+    limit = time.monotonic() + PATIENCE
+    while True:
+        process = begin()
+        try:
+            while process.poll() is None:
+                if there():
+                    if suspend(process.pid) and there():
+                        yield process
+                        return
+                    process.send_signal(signal.SIGCONT)
+                time.sleep(0.001)
+                assert time.monotonic() < limit, "hangs"
+            _, err = process.communicate()
+            assert process.returncode == 0, err
+        finally:
+            process.kill()
+            process.wait()
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, Result
+from conftest import PATIENCE, ROOT, Result, until
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILE = "/arcinstitute/SE-600M/resolve/main/protein_embeddings.pt"
@@ -123,7 +123,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         if hub.hold is not None:
             self.wfile.write(hub.body[start:half])
-            hub.hold.wait(60)
+            hub.hold.wait()
             self.close_connection = True
             return
         self.wfile.write(hub.body[start:])
@@ -193,8 +193,8 @@ def start(
             "HF_HOME": str(folder / "hf"),
             "HF_HUB_VERBOSITY": "error",  # keeps the client's own retry messages out
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "HF_HUB_DOWNLOAD_TIMEOUT": "5",
-            "HF_HUB_ETAG_TIMEOUT": "5",
+            "HF_HUB_DOWNLOAD_TIMEOUT": str(PATIENCE),
+            "HF_HUB_ETAG_TIMEOUT": str(PATIENCE),
             "NO_PROXY": "127.0.0.1,localhost",
         }
         | env,
@@ -202,7 +202,7 @@ def start(
 
 
 def finish(process: subprocess.Popen[str]) -> Result:
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=PATIENCE)
     return Result(process.returncode, out, err)
 
 
@@ -287,7 +287,7 @@ def test_a_terminal_shows_the_progress_bar_of_the_client(tmp_path: Path, hub: Hu
         while piece := os.read(terminal, 4096):
             shown += piece
     os.close(terminal)
-    assert (process.communicate(timeout=60)[0], process.returncode) == ("o.pt\n", 0)
+    assert (process.communicate(timeout=PATIENCE)[0], process.returncode) == ("o.pt\n", 0)
     text = shown.decode().replace("\r\n", "\n")
     assert text.startswith(announcement(tmp_path))
     assert re.search(r"protein_embeddings\.pt: 100%\|.*\| 24\.0M/24\.0M", text)
@@ -396,8 +396,7 @@ def test_ctrl_c_in_the_middle_of_the_download_writes_nothing(tmp_path: Path, hub
     assert process.stderr is not None
     # said while not even half of the file has come
     assert process.stderr.readline() == announcement(tmp_path)
-    while not hub.transfers:
-        assert process.poll() is None
+    until(lambda: hub.transfers, process)
     process.send_signal(signal.SIGINT)
     assert finish(process) == Result(130, "", "stopped by Ctrl-C\n")
     assert nothing_written(tmp_path) and not cached(tmp_path).exists()

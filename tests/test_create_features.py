@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -18,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, Result, run_script
+from conftest import PATIENCE, ROOT, Result, caught, run_script, until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -368,7 +369,7 @@ def cosine(a: list[float], b: list[float]) -> float:
 # --- shuffle ------------------------------------------------------------------------------------
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     values=st.lists(st.integers(1, 6), min_size=1, max_size=20),
     seed=st.integers(0, 2**32 - 1),
@@ -512,7 +513,8 @@ def test_the_same_command_gives_the_same_manifest_later(project: Path, create: C
     arguments = ("--from-toml", "config.toml", *IN_TABLE, *OUT)
     assert create(*arguments).code == 0
     first = files(project)
-    time.sleep(1.1)
+    then = time.time() // 2  # no clock in a file is coarser: that of a zip
+    until(lambda: time.time() // 2 > then)
     assert create(*arguments).code == 0
     assert files(project) == first
 
@@ -785,6 +787,26 @@ def big_table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def run_on_big(folder: Path, table: Path, *labels: str) -> subprocess.Popen[str]:
+    """Start a look-up of `labels` in `big_table`, which takes a while."""
+    return subprocess.Popen(
+        [
+            *(sys.executable, ROOT / "create_esm_pert_features.py", *labels),
+            *("--esm-embeddings", table, *OUT, "--quiet"),
+        ],
+        **{"cwd": folder, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True},
+    )
+
+
+def written(folder: Path) -> int:
+    """Bytes of o.pt that a run has written so far."""
+    sizes = 0
+    for path in folder.glob(".o.pt.*.tmp"):
+        with contextlib.suppress(FileNotFoundError):
+            sizes += path.stat().st_size
+    return sizes
+
+
 @pytest.mark.parametrize(
     ("number", "code", "said"),
     [
@@ -804,39 +826,43 @@ def test_a_signal_in_the_middle_of_the_write_leaves_the_old_files_as_they_were(
     assert create(*labels("A")).code == 0
     (tmp_path / "many.txt").write_text("\n".join(f"G{i}" for i in range(200)))
     before = files(tmp_path)
-    process = subprocess.Popen(
-        [
-            *(sys.executable, ROOT / "create_esm_pert_features.py", "--gene-list", "many.txt"),
-            *("--esm-embeddings", big_table, *OUT, "--quiet"),
-        ],
-        **{"cwd": tmp_path, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True},
-    )
-    written = 0
-    while written == 0:  # some of the 80 MB are written
-        assert process.poll() is None
-        time.sleep(0.005)
-        written = sum(p.stat().st_size for p in tmp_path.glob(".o.pt.*.tmp"))
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
-    assert written < 80_000_000
+
+    def begin() -> subprocess.Popen[str]:
+        for name in files(tmp_path).keys() - before.keys():  # of one that was looked at too late
+            (tmp_path / name).unlink()
+        for name, content in before.items():
+            (tmp_path / name).write_bytes(content)
+        return run_on_big(tmp_path, big_table, "--gene-list", "many.txt")
+
+    def half_written() -> bool:
+        return 0 < written(tmp_path) < 80_000_000
+
+    with caught(begin, half_written) as process:
+        process.send_signal(number)
+        process.send_signal(signal.SIGCONT)
+        out, err = process.communicate(timeout=PATIENCE)
     assert Result(process.returncode, out, err) == Result(code, "", said)
     assert files(tmp_path) == before
 
 
 def test_a_signal_before_the_write_leaves_nothing(tmp_path: Path, big_table: Path) -> None:
     """While 200 MB are being looked up: as soon as the process has the table mapped."""
-    process = subprocess.Popen(
-        [
-            *(sys.executable, ROOT / "create_esm_pert_features.py", "--all-genes", "--quiet"),
-            *("--esm-embeddings", big_table, *OUT),
-        ],
-        **{"cwd": tmp_path, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True},
-    )
-    while str(big_table) not in Path(f"/proc/{process.pid}/maps").read_text():
-        assert process.poll() is None
-        time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    processes = []
+
+    def begin() -> subprocess.Popen[str]:
+        for name in files(tmp_path):  # of one that was looked at too late
+            (tmp_path / name).unlink()
+        processes.append(run_on_big(tmp_path, big_table, "--all-genes"))
+        return processes[-1]
+
+    def looking_up() -> bool:
+        maps = Path(f"/proc/{processes[-1].pid}/maps").read_text()
+        return str(big_table) in maps and not files(tmp_path)
+
+    with caught(begin, looking_up) as process:
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGCONT)
+        out, err = process.communicate(timeout=PATIENCE)
     assert Result(process.returncode, out, err) == Result(130, "", "stopped by Ctrl-C\n")
     assert not files(tmp_path)
 
@@ -900,7 +926,7 @@ def peak(folder: Path, table: Path, output: str) -> int:
             *(sys.executable, "-c", MEASURED, "--gene-list", "g.txt", "--quiet"),
             *("--esm-embeddings", table, "--output", output),
         ],
-        **{"cwd": folder, "capture_output": True, "text": True, "timeout": 60},
+        **{"cwd": folder, "capture_output": True, "text": True, "timeout": PATIENCE},
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert (done.returncode, done.stdout) == (0, f"{output}\n"), done.stderr

@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 import torch
 from cell_load.data_modules import PerturbationDataModule
-from conftest import ROOT, Result
+from conftest import PATIENCE, ROOT, Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -149,7 +149,7 @@ PIECES = ["a", "b", "x", "z", "/", ".h5", ".h5ad", "*", "?", "[ab]", "**", " ", 
 GROUPS = ["{a,b}", "{x,z}", "{x/a, z/b}", "{.h5,.h5ad}", "{a,nowhere}", "{,a}", "{{a,b},x}"]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     names=st.lists(
         st.tuples(
@@ -756,7 +756,7 @@ def test_of_a_huge_file_only_the_categories_are_read(tree: Path) -> None:
                 *(sys.executable, "-c", MEASURED, "--from-toml", str(config), "--quiet"),
                 *("--esm-embeddings", "table.pt", "--output", f"{name}.pt"),
             ],
-            **{"cwd": tree, "capture_output": True, "text": True, "timeout": 60},
+            **{"cwd": tree, "capture_output": True, "text": True, "timeout": PATIENCE},
             env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
         )
         assert (done.returncode, done.stdout) == (0, f"{name}.pt\n"), done.stderr

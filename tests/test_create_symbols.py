@@ -300,7 +300,7 @@ def test_no_name_of_any_gene_resolves_wrongly(raw: Raw, retired: bool, least: in
 
 
 @given(seed=st.integers(0, 2**32))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_resolution_depends_on_no_order(raw: Raw, seed: int) -> None:
     """Labels beside other names of their genes, so that old, new and ambiguous ones meet."""
     rng = random.Random(seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import re
@@ -10,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +23,7 @@ import pandas as pd
 import pytest
 import scipy.sparse
 import torch
-from conftest import ROOT, SMALL, Result
+from conftest import PATIENCE, ROOT, SMALL, Result, caught, until
 from demo_data import CONTROL, simulate
 from h5ad_forms import (
     OLD_PANDAS,
@@ -926,23 +926,33 @@ def start_rewriting(
     return subprocess.Popen(command, cwd=folder, stderr=stderr, text=True)
 
 
-def wait_for_half_a_copy(process: subprocess.Popen[str], cache: Path) -> Path:
-    """Its temporary folder, when rows are being written into it."""
-    limit = time.monotonic() + 120
-    while not (found := list(cache.glob(".*.tmp/big.h5ad"))) or found[0].stat().st_size < 100_000:
-        assert process.poll() is None and time.monotonic() < limit
-        time.sleep(0.001)
-    return found[0].parent
+@contextlib.contextmanager
+def caught_rewriting(
+    folder: Path, words: tuple[str, ...], *more: str
+) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+    """A run that is suspended while it writes rows into a copy, and its temporary folder."""
+    cache = folder / "runs/data_cache"
+
+    def begin() -> subprocess.Popen[str]:
+        shutil.rmtree(folder / "runs", ignore_errors=True)  # of one that was looked at too late
+        return start_rewriting(folder, words, *more)
+
+    def half() -> list[Path]:
+        with contextlib.suppress(FileNotFoundError):  # it has just got its name
+            return [p for p in cache.glob(".*.tmp/big.h5ad") if p.stat().st_size >= 100_000]
+        return []
+
+    with caught(begin, lambda: bool(half())) as process:
+        yield process, half()[0].parent
 
 
 def test_killed_while_rewriting_leaves_no_copy_and_the_next_run_writes_it_whole(
     copied: Callable[..., Plan], big_folder: Path, words: tuple[str, ...]
 ) -> None:
     cache = big_folder / "runs/data_cache"
-    process = start_rewriting(big_folder, words)
-    half = wait_for_half_a_copy(process, cache)
-    process.kill()
-    process.communicate(timeout=60)
+    with caught_rewriting(big_folder, words) as (process, half):
+        process.kill()
+        process.communicate(timeout=PATIENCE)
     assert process.returncode == -signal.SIGKILL
     assert half.exists() and list(cache.glob("[!.]*")) == []
     assert not (big_folder / "runs/run").exists()
@@ -958,10 +968,10 @@ def test_sigterm_while_rewriting_exits_143_and_leaves_nothing(
     big_folder: Path, words: tuple[str, ...]
 ) -> None:
     cache = big_folder / "runs/data_cache"
-    process = start_rewriting(big_folder, words)
-    wait_for_half_a_copy(process, cache)
-    process.terminate()
-    _, err = process.communicate(timeout=60)
+    with caught_rewriting(big_folder, words) as (process, _):
+        process.terminate()
+        process.send_signal(signal.SIGCONT)
+        _, err = process.communicate(timeout=PATIENCE)
     assert (process.returncode, err.splitlines()[-1]) == (143, "stopped by SIGTERM")
     assert [p.suffix for p in cache.iterdir()] == [".lock"]
     assert not (big_folder / "runs/run").exists()
@@ -971,22 +981,20 @@ def test_two_runs_at_once_write_one_copy_and_both_finish(
     big_folder: Path, words: tuple[str, ...]
 ) -> None:
     cache, waited = big_folder / "runs/data_cache", "another process is rewriting"
-    first = start_rewriting(big_folder, words, "--name", "first")
-    half = wait_for_half_a_copy(first, cache)
-    first.send_signal(signal.SIGSTOP)  # until the second has found it at work
-    try:
-        assert half.exists()
-        with (big_folder / "second.err").open("w+") as err:
+    saying = big_folder / "second.err"
+    with caught_rewriting(big_folder, words, "--name", "first") as (first, half):
+        with saying.open("w") as err:
             second = start_rewriting(big_folder, words, "--name", "second", stderr=err)
-            limit = time.monotonic() + 120
-            while waited not in (big_folder / "second.err").read_text():
-                assert second.poll() is None and time.monotonic() < limit
-                time.sleep(0.05)
-    finally:
-        first.send_signal(signal.SIGCONT)
-    said = [first.communicate(timeout=300)[1]]
-    second.wait(timeout=300)
-    said.append((big_folder / "second.err").read_text())
+        try:  # the first is held until the second has found it at work
+            until(lambda: waited in saying.read_text(), second, saying)
+            assert half.exists()
+            first.send_signal(signal.SIGCONT)
+            said = [first.communicate(timeout=PATIENCE)[1]]
+            second.wait(PATIENCE)
+        finally:
+            second.kill()
+            second.wait()
+    said.append(saying.read_text())
     assert (first.returncode, second.returncode) == (0, 0), said
     assert [s.count("rewriting 1 file of data") for s in said] == [1, 1]
     assert [s.count(waited) for s in said] == [0, 1]

@@ -34,7 +34,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import ROOT, SMALL
+from conftest import PATIENCE, ROOT, SMALL, asleep, suspend, until
 from test_train_run import FILES, TINY, checkpoint, make_screen, run_json
 
 from state_esm_features.training.checkpoints import checkpoint_steps, intact
@@ -108,30 +108,46 @@ class Run:
     def lines(self) -> list[str]:
         return self.err.splitlines()
 
-    def running(self) -> bool:
+    def poll(self) -> int | None:
         if self.code is None:
             answer = self.server.ask(wait=self.pid)
             self.code = None if answer == "running" else int(answer)
-        return self.code is None
+        return self.code
 
-    def wait(self, seconds: float = 120) -> int:
-        until(lambda: not self.running(), seconds)
+    def running(self) -> bool:
+        return self.poll() is None
+
+    def communicate(self) -> tuple[str, str]:
+        return self.out_file.read_text(), self.err
+
+    def wait(self) -> int:
+        until(lambda: not self.running())
         assert self.code is not None
         return self.code
 
-    def until(self, ready: Callable[[], bool], seconds: float = 120) -> None:
+    def until(self, ready: Callable[[], bool]) -> None:
         """Wait for something that this run does."""
-
-        def there() -> bool:
-            if ready():
-                return True
-            assert self.running(), self.err
-            return False
-
-        until(there, seconds)
+        until(ready, self)
 
     def until_said(self, text: str) -> None:
         self.until(lambda: text in self.err)
+
+    def hold(self, ready: Callable[[], bool]) -> None:
+        """Suspend it while `ready()` holds, until `go_on`; it goes on while it does not."""
+
+        def held() -> bool:
+            if not ready():
+                return False
+            assert suspend(self.pid), self.err
+            if ready():
+                return True
+            self.go_on()
+            return False
+
+        self.until(held)
+
+    def go_on(self) -> None:
+        self.send(signal.SIGCONT)
 
     def send(self, number: int, group: bool = False) -> None:
         (os.killpg if group else os.kill)(self.pid, number)
@@ -144,20 +160,13 @@ class Run:
             self.wait()
 
 
-def until(ready: Callable[[], bool], seconds: float = 120) -> None:
-    limit = time.monotonic() + seconds
-    while not ready():
-        assert time.monotonic() < limit
-        time.sleep(0.02)
-
-
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     server = Server()
     yield server
     assert server.process.stdin
     server.process.stdin.close()
-    server.process.wait(60)
+    server.process.wait(PATIENCE)
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +178,33 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 Start = Callable[..., Run]
 
 MAIN_CODE = "sys.exit(train_with_esm_features.main())"
+
+GATE = """
+import time
+from pathlib import Path
+import state.tx.utils
+from lightning.pytorch.callbacks import Callback
+
+class Gate(Callback):
+    def HOOK(self, trainer, *_, **__):
+        if not trainer.sanity_checking:
+            with open(HERE + "/at-gate", "a") as f:
+                f.write("here" + chr(10))
+            while not Path(HERE + "/go").exists():
+                time.sleep(0.005)
+
+stock = state.tx.utils.get_checkpoint_callbacks
+state.tx.utils.get_checkpoint_callbacks = lambda *a, **k: [*stock(*a, **k), Gate()]
+sys.exit(train_with_esm_features.main())
+"""
+"""Training with one more callback, which waits for the test: so a test that looks late, on a busy
+machine, still finds the training there."""
+
+
+def gated(hook: str, here: Path) -> str:
+    """A training that waits in that hook of Lightning's until here/go is there, and then no more;
+    here/at-gate has a line for every time that it came there."""
+    return GATE.replace("HOOK", hook).replace("HERE", repr(str(here)))
 
 
 def start(
@@ -227,8 +263,8 @@ def names(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir())
 
 
-GOAL = 900
-"""More steps than a test waits for, and a row in progress.csv for each."""
+GOAL = 1_900
+"""Many more steps than a test waits for, and still a row in progress.csv for each."""
 
 SAID = {"SIGTERM": (143, "SIGTERM"), "SIGINT": (130, "Ctrl-C"), "SIGUSR1": (143, "SIGUSR1")}
 
@@ -303,7 +339,7 @@ def test_signal_stops_after_a_whole_step_that_resume_goes_on_from(
         flags = ("--max-steps", GOAL, "--val-freq", 500, "--num-workers", workers)
         run = begin(*flags, "--resume")
         run.until(lambda seen=step: steps_done(run_dir) > seen)
-        time.sleep(moments.uniform(0, 0.3))
+        time.sleep(moments.uniform(0, 0.3))  # any moment will do
         run.send(getattr(signal, name), group)
         if step:
             assert resumed_from(run) == step
@@ -348,11 +384,11 @@ def test_signal_stops_after_a_whole_step_that_resume_goes_on_from(
 def test_signal_before_the_first_step_ends_at_once_and_the_run_can_be_resumed(
     begin: Start, tmp_path: Path, workers: int, signals: dict[str, tuple[str, bool]]
 ) -> None:
-    """Sent when stderr says so."""
+    """Sent when stderr says so; the first step waits for it, however late that is."""
     run_dir = tmp_path / "runs/run"
     flags = ("--max-steps", 1, "--val-freq", 1, "--num-workers", workers, "--resume")
     for text, (name, group) in signals.items():
-        run = begin(*flags)
+        run = begin(*flags, code=gated("setup", tmp_path))
         run.until_said(text)
         run.send(getattr(signal, name), group)
         code, who = SAID[name]
@@ -368,16 +404,18 @@ def test_signal_before_the_first_step_ends_at_once_and_the_run_can_be_resumed(
 def test_signal_while_the_script_still_imports_ends_with_the_same_exit_code(
     folder: Path, tmp_path: Path
 ) -> None:
-    words = ("--output-dir", tmp_path, "--name", "run", "--max-steps", 1, *TINY)
+    """The imports take seconds; a signal that comes later yet, in training, ends it alike."""
+    words = ("--output-dir", tmp_path, "--name", "run", "--max-steps", GOAL, *TINY)
     command = [sys.executable, ROOT / "train_with_esm_features.py", *FILES, *words]
     with (tmp_path / "err").open("wb") as err:
         process = subprocess.Popen(
             [str(w) for w in command], cwd=folder, stderr=err, start_new_session=True
         )
     try:
-        until(lambda: "training; what stock prints" in (tmp_path / "err").read_text())
+        said = tmp_path / "err"
+        until(lambda: "training; what stock prints" in said.read_text(), process, said)
         os.killpg(process.pid, signal.SIGINT)
-        assert process.wait(60) == 130
+        assert process.wait(PATIENCE) == 130
     finally:
         process.kill()
         process.wait()
@@ -387,7 +425,7 @@ def test_signal_while_the_script_still_imports_ends_with_the_same_exit_code(
 
 @pytest.fixture(scope="module")
 def long_validation(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As `folder`, but a validation takes several seconds."""
+    """As `folder`, but a validation has many batches."""
     folder = make_screen(tmp_path_factory.mktemp("long"), {"sim": replace(SMALL, cells=200)})
     text = (folder / "config.toml").read_text()
     held_out = [f"SIM{i:03d}" for i in range(10) if i not in (0, 4)]
@@ -405,11 +443,14 @@ def test_signal_in_a_validation_does_not_wait_for_its_end(
 ) -> None:
     run_dir = tmp_path / "runs/run"
     flags = ("--max-steps", GOAL, "--val-freq", 1, "--num-workers", workers)
-    run = begin(*flags, cwd=long_validation)
-    run.until(lambda: steps_done(run_dir) == 1)
-    time.sleep(1)
+    run = begin(*flags, cwd=long_validation, code=gated("on_validation_batch_start", tmp_path))
+    run.until((tmp_path / "at-gate").exists)
+    assert steps_done(run_dir) == 1
     run.send(getattr(signal, name), group)
+    run.until_said("stopping after this step")
+    (tmp_path / "go").touch()
     assert assert_stopped_and_saved(run, run_dir, name) == 1
+    assert (tmp_path / "at-gate").read_text() == "here\n"  # no other batch was begun
     assert [r["val_loss"] for r in progress(run_dir)] == [""]  # it had not ended
 
 
@@ -430,13 +471,11 @@ def test_signal_while_waiting_for_data_does_not_wait_for_the_batch(
     slow = loaders(run)
     assert slow
     for process in slow:
-        process.suspend()
-    count = -1
-    while count != steps_done(run_dir):  # until it waits
-        count = steps_done(run_dir)
-        time.sleep(1)
-    run.send(getattr(signal, name))
+        assert suspend(process.pid)
     try:
+        run.until(lambda: asleep(run.pid))  # there is nothing else that it could wait for
+        count = steps_done(run_dir)
+        run.send(getattr(signal, name))
         run.until_said("saved step")
         assert "stopping after this step" not in run.err
         assert steps_done(run_dir) == count
@@ -514,18 +553,20 @@ def test_checkpoint_of_another_runs_requeue_is_refused(
 # ---------------------------------------------------------------------------------------------
 
 
-def stopped_while_writing(run: Run, before: set[Path]) -> bool:
-    """Suspend a run that has a checkpoint half written, which no other run left."""
-    folder = run.out_file.parent / "runs/run/checkpoints"
-    if set(folder.glob(".*")) <= before:
-        return False
-    process = psutil.Process(run.pid)
-    process.suspend()
-    until(lambda: process.status() == psutil.STATUS_STOPPED)
-    if set(folder.glob(".*")) <= before:
-        process.resume()
-        return False
+def gone(process: psutil.Process) -> bool:
+    """Whether it has ended; who waits for it need not have looked yet."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
     return True
+
+
+def leaves_signals(process: psutil.Process) -> bool:
+    """Whether a loader process has blocked what would stop it: the first thing that it does."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+        blocked = next(int(x.split()[1], 16) for x in lines if x.startswith("SigBlk:"))
+        return bool(blocked >> (signal.SIGTERM - 1) & 1)
+    return False
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
@@ -536,17 +577,29 @@ def test_kill_9_at_any_moment_is_resumed_to_the_end(
     flags = ("--max-steps", GOAL, "--val-freq", 3, "--ckpt-every-n-steps", 2, "--num-workers", 2)
     moments = random.Random(kills)
     checkpoints = run_dir / "checkpoints"
+
+    def writing(before: set[Path]) -> bool:
+        """A checkpoint is half written, which no other run left."""
+        return not set(checkpoints.glob(".*")) <= before
+
+    def trained(seen: int) -> bool:
+        return steps_done(run_dir) > seen
+
     for number in range(kills):
+        before, seen = set(checkpoints.glob(".*")), steps_done(run_dir)
         run = begin(*flags, "--resume")
-        if number % 3 == 0:  # while a checkpoint is written
-            run.until(functools.partial(stopped_while_writing, run, set(checkpoints.glob(".*"))))
-        else:
-            time.sleep(moments.uniform(0.5, 8))
+        if number % 3 == 0:
+            run.hold(functools.partial(writing, before))
+        elif number % 3 == 1:
+            run.until(functools.partial(trained, seen + moments.randint(0, 9)))
+        time.sleep(moments.uniform(0, 1))  # any moment will do
         family = loaders(run)
+        at_work = [p for p in family if leaves_signals(p)]
+        for process in at_work:  # nothing that it does itself could end it
+            suspend(process.pid)
         run.send(signal.SIGKILL)
         assert run.wait() == -signal.SIGKILL
-        _, alive = psutil.wait_procs(family, timeout=3)
-        assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
+        until(lambda those=family: all(map(gone, those)))
         for path in checkpoints.glob("*.ckpt"):
             torch.load(path, weights_only=True)
     reached = step_reached(run_dir)
@@ -565,7 +618,7 @@ def test_held_run_is_refused_at_once_and_taken_over_when_its_holder_is_killed(
     here, run_dir = copy_of(folder, tmp_path / "here"), tmp_path / "runs/run"
     flags = ("--max-steps", GOAL, "--val-freq", 2, "--num-workers", 0)
     first = begin(*flags, cwd=here)
-    first.until(lambda: (run_dir / "checkpoints/last.ckpt").exists())
+    first.hold((run_dir / "checkpoints/last.ckpt").exists)  # however long the others take
     holder = json.loads((tmp_path / "runs/.run.lock").read_text())
     assert (holder["pid"], holder["host"]) == (first.pid, platform.node())
     message = (
@@ -629,13 +682,15 @@ def test_full_disk_keeps_the_previous_checkpoint_and_says_so(
     flags = ("--max-steps", GOAL, "--val-freq", 4, "--num-workers", 0)
     run = begin(*flags)
     last = run_dir / "checkpoints/last.ckpt"
-    run.until(last.exists)
+    # between two checkpoints: what is half written could be written to its end
+    run.hold(lambda: last.exists() and not [n for n in names(last.parent) if n.startswith(".")])
     size = last.stat().st_size
     if full:
         free = shutil.disk_usage(runs).free
         (runs / "filler").write_bytes(bytes(free - size // 2))
     else:
         resource.prlimit(run.pid, resource.RLIMIT_FSIZE, (size // 2, resource.RLIM_INFINITY))
+    run.go_on()
     assert run.wait() == 1
     record = run_json(run_dir)
     said = re.fullmatch(
@@ -667,18 +722,22 @@ def test_disk_that_takes_no_byte_more_is_one_line_too(begin: Start, tmp_path: Pa
     flags = ("--max-steps", GOAL, "--val-freq", 3, "--num-workers", 0)
     run = begin(*flags, code=code)
     last = run_dir / "checkpoints/last.ckpt"
-    run.until(lambda: last.exists() and steps_done(run_dir) >= 4)
+    # step 4, or 7, ...: no checkpoint is due
+    run.hold(lambda: last.exists() and steps_done(run_dir) % 3 == 1)
+    good = checkpoint(run_dir, "last")["global_step"]
+    assert good == steps_done(run_dir) - 1
     resource.prlimit(run.pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+    run.go_on()
     assert run.wait() == 1
     said = os.read(reader, 1_000_000).decode()
     os.close(reader)
     assert "Traceback" not in said
     assert re.fullmatch(
         rf"error: cannot write {run_dir}/.*: File too large.*the last good checkpoint is {last}, "
-        r"of step 3.*",
+        rf"of step {good}.*",
         said.splitlines()[-1],
     )
-    good = checkpoint(run_dir, "last")["global_step"]
+    assert checkpoint(run_dir, "last")["global_step"] == good
     assert_finished(begin("--max-steps", good + 1, "--resume"), run_dir, good + 1)
 
 
@@ -758,17 +817,24 @@ def damage(path: Path, kind: str) -> str:
     ],
 )
 def test_damaged_checkpoints_are_named_and_the_best_other_one_goes_on(
-    begin: Start, four: Path, kind: str, damaged: tuple[str, ...], step: int
+    begin: Start,
+    tmp_path: Path,
+    four: Path,
+    kind: str,
+    damaged: tuple[str, ...],
+    step: int,
 ) -> None:
     paths = [four / f"checkpoints/{name}.ckpt" for name in damaged]
     said = [f"warning: damaged checkpoint: {re.escape(str(p))} {damage(p, kind)}" for p in paths]
     weights = checkpoint(four, {4: "final", 3: "step=3", 2: "best"}[step])["state_dict"]
     last = four / "checkpoints/last.ckpt"
-    run = begin("--max-steps", 5, "--resume", "--ckpt-every-n-steps", 3)
+    code = gated("setup", tmp_path)  # the last step is not taken before the test has looked
+    run = begin("--max-steps", 5, "--resume", "--ckpt-every-n-steps", 3, code=code)
     run.until_said("training; what stock prints goes to")
     assert checkpoint(four, "last")["global_step"] == step
     restored = checkpoint(four, "last")["state_dict"]
     assert all(torch.equal(restored[k], weights[k]) for k in weights)
+    (tmp_path / "go").touch()
     assert_finished(run, four, 5)
     warnings = [line for line in run.lines if line.startswith("warning: damaged")]
     assert len(warnings) == len(said)
@@ -1050,13 +1116,12 @@ def test_two_processes_share_the_cells_stop_together_and_go_on(
     code += f"exec(open({str(tmp_path / 'driver.py')!r}).read())"
     flags = ("--val-freq", 3, "--ckpt-every-n-steps", 3, "--num-workers", 0)
     run = begin("--max-steps", GOAL, *flags, code=code)
-    run.until(lambda: steps_done(run_dir) >= 6, 240)
+    run.until(lambda: steps_done(run_dir) >= 6)
     family = loaders(run)
     assert family
     run.send(signal.SIGTERM)
     step = assert_stopped_and_saved(run, run_dir, "SIGTERM")
-    _, alive = psutil.wait_procs(family, timeout=10)
-    assert alive == []
+    until(lambda: all(map(gone, family)))
     ours, others = cells_of(tmp_path, 0), cells_of(tmp_path, 1)
     assert [s for s, _ in ours] == [s for s, _ in others] == list(range(step))
     for (_, a), (_, b) in zip(ours, others, strict=True):
@@ -1066,7 +1131,7 @@ def test_two_processes_share_the_cells_stop_together_and_go_on(
     assert len(seen) > 60
     assert len(seen) - len(set(seen)) <= 0.2 * len(seen), "ranks see the same cells"
     run = begin("--max-steps", step + 3, "--resume", code=code)
-    assert run.wait(240) == 0, run.err
+    assert run.wait() == 0, run.err
     assert run.out_file.read_text() == f"{run_dir}\n"
     assert checkpoint(run_dir, "final")["global_step"] == step + 3
     assert run.err.count("finished  ") == 1
@@ -1136,7 +1201,8 @@ def test_record_of_a_run_says_what_made_it(four: Path, folder: Path) -> None:
     assert first["command"][:4] == ["--config", "config.toml", "--pert-features", "features.pt"]
     assert (first["from_step"], first["to_step"]) == (0, 4)
     assert first["seconds"] > 0 and 0 <= first["waiting_for_data"] <= 1
-    assert first["steps_per_second"] == pytest.approx(4 / first["seconds"], rel=0.1)
+    seconds, speed = first["seconds"], first["steps_per_second"]  # to 1 and to 4 places
+    assert (speed - 1e-4) * (seconds - 0.05) <= 4 <= (speed + 1e-4) * (seconds + 0.05)
     made = record["identity"]
     assert made["features"]["sha256"] == sha256(folder / "features.pt")
     toml = folder / "config.toml"
@@ -1174,7 +1240,7 @@ def test_terminal_is_shown_a_bar(begin: Start, tmp_path: Path) -> None:
     run = begin("--max-steps", 3, "--val-freq", 3, "--num-workers", 0, code=code)
     assert_finished(run, tmp_path / "runs/run", 3)
     os.close(theirs)
-    reader.join(10)
+    reader.join()  # it ends with the last process that has the terminal open
     text = seen.decode()
     assert re.search(r"step: +100%\|█+\| 3/3 \[.*loss [\d.]+.*waiting for data\]", text), text
     assert "\r" in text and not re.search(r"^step 3 of 3,", text, re.MULTILINE)

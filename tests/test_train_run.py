@@ -16,7 +16,7 @@ import anndata
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, Result, run_script
+from conftest import PATIENCE, ROOT, SMALL, Result, run_script, until
 from demo_data import simulate, template
 from run_demo import SMALL_MODEL
 
@@ -590,19 +590,15 @@ def test_sigterm_while_training_exits_143_and_is_recorded(screen_dir: Path, tmp_
 
 def stop_while_training(screen_dir: Path, tmp_path: Path, name: str) -> tuple[int, str]:
     import signal
-    import time
 
     flags = (*FILES, *FAST, "--max-steps", 100_000, "--output-dir", tmp_path, "--name", "run")
     command = [sys.executable, ROOT / "train_with_esm_features.py", *flags, *TINY]
     process = subprocess.Popen(
         [str(w) for w in command], cwd=screen_dir, stderr=subprocess.PIPE, text=True
     )
-    limit = time.monotonic() + 120
-    while not (tmp_path / "run/checkpoints/last.ckpt").exists():
-        assert process.poll() is None and time.monotonic() < limit
-        time.sleep(0.2)
+    until((tmp_path / "run/checkpoints/last.ckpt").exists, process)
     process.send_signal(getattr(signal, name))
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=PATIENCE)
     assert run_json(tmp_path / "run")["status"] == "stopped"
     assert run_json(tmp_path / "run")["steps"] >= 2
     return process.returncode, err.strip().splitlines()[-1]

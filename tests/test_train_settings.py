@@ -119,7 +119,7 @@ def test_awkward_text_comes_out_of_the_stock_configuration_as_it_went_in() -> No
     assert compose(overrides)["new"] == wanted
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(AWKWARD)
 def test_any_text_survives_the_grammar_of_hydra_and_omegaconf(text: str) -> None:
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -132,7 +132,7 @@ def test_any_text_survives_the_grammar_of_hydra_and_omegaconf(text: str) -> None
     assert typed_settings([override]).keys() == {"data.kwargs.control_pert"}
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.lists(AWKWARD, max_size=12))
 @example(EXAMPLES)
 @example([])
