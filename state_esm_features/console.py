@@ -218,6 +218,19 @@ class Findings:
         except InputError as error:
             self.problems.append(str(error))
 
+    def settle(self) -> None:
+        """Say the warnings, and refuse to go on if there are problems.
+
+        Raises
+        ------
+        InputError
+            All of them, each once.
+        """
+        for message in self.warnings:
+            warn(message)
+        if self.problems:
+            raise one_error(list(dict.fromkeys(self.problems)))
+
 
 class Bar:
     """Progress on stderr: a bar on a terminal, else a line a minute."""

@@ -117,11 +117,7 @@ def resolve_labels(
     InputError
         A source cannot be read, or labels are missing and --missing does not allow it.
     """
-    fasta, policy = options.sources.fasta, options.policy
-    tables = open_tables(options.sources, dry_run)
-    sources: list[Source] = [*tables]
-    if fasta:
-        sources.append(load_proteins(fasta, options.sequences))
+    sources = open_sources(options, dry_run)
     if not sources:  # a dry run that would have to download
         log.info("%s to look up: %s", count(len(labels.names), "label"), some(labels.names))
         return None
@@ -131,26 +127,42 @@ def resolve_labels(
     names = dict.fromkeys([*labels.names, labels.control])
     aliases = read_aliases(options.symbols.alias, options.symbols.aliases)
     resolver = Resolver(sources, aliases, labels.control, options.symbols)
-    every = resolve(names, resolver)
-    left_out = leave_out_unused(every, labels, policy.missing)
-    none = {r.label for r in left_out}
-    resolutions = [r for r in every if r.label not in none]
+    every, missing = resolve(names, resolver), options.policy.missing
+    left_out = leave_out_unused(every, labels, missing)
+    without = {r.label for r in left_out}
+    resolutions = [r for r in every if r.label not in without]
     if report:
-        write_report(report, resolutions, sources, policy.missing, left_out=left_out)
-    check_missing(resolutions, labels, resolver, policy.missing, can_report)
-    holders = {r.label: labels.holders[r.label] for r in left_out}
-    files = dict.fromkeys(p for paths in holders.values() for p in paths if p in labels.columns)
-    unused = [label for label, paths in holders.items() if not files.keys().isdisjoint(paths)]
-    if unused and labels.column:
-        warn(say_left_out(unused, files, labels.column, ""))
+        write_report(report, resolutions, sources, missing, left_out=left_out)
+    check_missing(resolutions, labels, resolver, missing, can_report)
+    for text in warn_of_left_out(left_out, labels):
+        warn(text)
     used = genes_by_source(resolutions, sources)
     if not any(used) and not labels.for_run:
         raise InputError(
             f"none of the {count(len(names) - 1, 'label')} is in a source: other species or "
             f"naming? labels: {some(names)}; {sources[0].path}: {some(sources[0].symbols)}"
         )
-    to_embed = used[-1] if fasta else []
+    tables = [source for source in sources if isinstance(source, Table)]
+    to_embed = used[-1] if options.sources.fasta else []
     checkpoint = None
     if to_embed:
         checkpoint = find_checkpoint(to_embed, tables, options.sequences, dry_run)
     return Resolved(labels, tables, resolver, resolutions, left_out, used, to_embed, checkpoint)
+
+
+def open_sources(options: FeatureOptions, dry_run: bool) -> list[Source]:
+    """Tables, then proteins, in the order in which they are asked."""
+    sources: list[Source] = [*open_tables(options.sources, dry_run)]
+    if options.sources.fasta:
+        sources.append(load_proteins(options.sources.fasta, options.sequences))
+    return sources
+
+
+def warn_of_left_out(left_out: Sequence[Resolution], labels: Labels) -> list[str]:
+    """What to say of labels that get no vector, as no cell of a data file has them."""
+    holders = {r.label: labels.holders[r.label] for r in left_out}
+    files = dict.fromkeys(p for paths in holders.values() for p in paths if p in labels.columns)
+    unused = [label for label, paths in holders.items() if not files.keys().isdisjoint(paths)]
+    if not unused or not labels.column:
+        return []
+    return [say_left_out(unused, files, labels.column, "")]

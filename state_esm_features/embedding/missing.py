@@ -80,6 +80,20 @@ def cuts_a_name(resolution: Resolution, resolver: Resolver) -> bool:
     return any(len(word) > 1 and resolver.exact(word) for word in words)
 
 
+def forms_to_try(labels: Sequence[str], resolver: Resolver) -> list[tuple[str | None, str]]:
+    """(form, separator) that labels may have: one option before two, common forms before separators
+    before general forms."""
+    now = resolver.options.separator
+    marks = [m for m in SEPARATORS if any(m in x for x in labels)]
+    if any(now in x for x in labels):  # which may be no separator here
+        marks += [m for m in SEPARATORS if m not in marks][:1]
+    general = [*GENERAL_FORMS, *([HYPHEN_FORM] if any(resolver.names) else [])]
+    one: list[tuple[str | None, str]] = [(form, now) for form in LABEL_FORMS]
+    one += [(None, mark) for mark in marks]
+    one += [(form, now) for form in general]
+    return one + [(form, mark) for mark in marks for form in (*LABEL_FORMS, *general)]
+
+
 def suggest_form(
     missing: Sequence[Resolution], resolutions: Sequence[Resolution], resolver: Resolver
 ) -> tuple[str, Resolver]:
@@ -91,27 +105,17 @@ def suggest_form(
     """
     labels = [r.label for r in missing if not any(p.paste for p in r.parts)]
     sample = labels[:: len(labels) // 300 + 1]
-    now, regex_now = resolver.options.separator, resolver.options.label_regex
-    marks = [m for m in SEPARATORS if any(m in x for x in labels)]
-    if any(now in x for x in labels):  # which may be no separator here
-        marks += [m for m in SEPARATORS if m not in marks][:1]
-    forms = [*LABEL_FORMS, *GENERAL_FORMS, *([HYPHEN_FORM] if any(resolver.names) else [])]
+    now = resolver.options.separator
 
     def tried(form: str | None, separator: str) -> Resolver:
-        regex = re.compile(form) if form else regex_now
+        regex = re.compile(form) if form else resolver.options.label_regex
         return with_options(resolver, label_regex=regex, separator=separator)
 
     ranked = []
-    for rank, (form, separator) in enumerate(
-        # one option before two, common forms before separators before general ones
-        [(f, now) for f in LABEL_FORMS]
-        + [(None, m) for m in marks]
-        + [(f, now) for f in forms[len(LABEL_FORMS) :]]
-        + [(f, m) for m in marks for f in forms]
-    ):
+    for rank, (form, separator) in enumerate(forms_to_try(labels, resolver)):
         hits = sum(map(read_as_keys, map(tried(form, separator).label, sample)))
         ranked.append((-hits, rank, form, separator))
-    for hits, _, form, separator in sorted(ranked):
+    for hits, _, form, separator in sorted(ranked, key=lambda trial: trial[:2]):
         if not hits:
             break
         trial = tried(form, separator)

@@ -46,6 +46,15 @@ class Columns:
     cell_type: str
     control: str
 
+    def settings(self) -> dict[str, str]:
+        """The settings of State that say so."""
+        return {
+            "data.kwargs.pert_col": self.pert,
+            "data.kwargs.batch_col": self.batch,
+            "data.kwargs.cell_type_key": self.cell_type,
+            "data.kwargs.control_pert": self.control,
+        }
+
 
 @dataclass(frozen=True)
 class DataFile:
@@ -145,19 +154,8 @@ def inspect_file(
         type_codes = codes[:].astype(np.int64)
         with found.collect():
             require_control(columns.control, labels, path, columns.pert)
-        unlabelled = int((label_codes < 0).sum())
-        if unlabelled:
-            what = f"; cell-load would train them as {labels[-1]!r}" if labels else ""
-            found.problems.append(
-                f"{path}: {count(unlabelled, 'cell')} without a label in {columns.pert!r}{what}. "
-                "Remove them, or label them"
-            )
-        untyped = int((type_codes < 0).sum())
-        if untyped:
-            found.warnings.append(
-                f"{path}: {count(untyped, 'cell')} without a cell type in {columns.cell_type!r} "
-                "are not read"
-            )
+        check_codes(path, columns, labels, label_codes, type_codes, found)
+        batches = open_column(file, columns.batch)[0] if columns.batch else ()
         width = input_width(file, kwargs, found)
         check_names_of_output(file, kwargs, width, found)
         known = (label_codes >= 0) & (type_codes >= 0)
@@ -174,13 +172,35 @@ def inspect_file(
             log1p="uns" in file and "log1p" in file["uns"],
             grouped=int((np.diff(groups) != 0).sum()) < len(np.unique(groups)),
             matrices=matrices_of(file),
-            batches=frozenset(map(str, open_column(file, columns.batch)[0]))
-            if columns.batch
-            else frozenset(),
+            batches=frozenset(map(str, batches)),
             unreadable=find_unreadable(file, nodes_read(file, columns, kwargs)),
             unused=unused_categories(labels, [label_codes]),
         )
     return None
+
+
+def check_codes(
+    path: Path,
+    columns: Columns,
+    labels: Sequence[str],
+    label_codes: np.ndarray,
+    type_codes: np.ndarray,
+    found: Findings,
+) -> None:
+    """Note cells that have no label or no cell type: -1 in int64 (cells,)."""
+    unlabelled = int((label_codes < 0).sum())
+    if unlabelled:
+        what = f"; cell-load would train them as {labels[-1]!r}" if labels else ""
+        found.problems.append(
+            f"{path}: {count(unlabelled, 'cell')} without a label in {columns.pert!r}{what}. "
+            "Remove them, or label them"
+        )
+    untyped = int((type_codes < 0).sum())
+    if untyped:
+        found.warnings.append(
+            f"{path}: {count(untyped, 'cell')} without a cell type in {columns.cell_type!r} "
+            "are not read"
+        )
 
 
 def nodes_read(file: h5py.File, columns: Columns, kwargs: Mapping[str, Any]) -> dict[str, str]:

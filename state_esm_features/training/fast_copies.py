@@ -24,7 +24,7 @@ from state_esm_features.console import (
     on_signals,
     some,
 )
-from state_esm_features.files import data_file_origin, read_json, write_json
+from state_esm_features.files import data_file_origin, existing_parent, read_json, write_json
 from state_esm_features.h5ad import (
     is_matrix,
     is_sparse,
@@ -83,6 +83,11 @@ class FastLoading:
     def missing(self) -> list[FastCopy]:
         """Copies that are not there yet."""
         return [c for c in self.copies.values() if not c.target.exists()]
+
+    def bytes_beside(self, run_dir: Path) -> int:
+        """Bytes that missing copies will take on the disk of a run directory."""
+        disks = {existing_parent(place).stat().st_dev for place in (self.folder, run_dir)}
+        return sum(copy.size for copy in self.missing()) if len(disks) == 1 else 0
 
 
 def make_copies(fast: FastLoading, columns: Columns) -> None:
@@ -179,27 +184,18 @@ def write_copy(
                 order = np.arange(len(order))
             rewritten = copy.made_of.get("rewritten", ())
             copy_obs(source, target, copy.made_of["obs"], rewritten, order)
-            source.copy("var", target)
-            for name in {"log1p", "hvg_names"} & set(source.get("uns", ())):
-                source.copy(f"uns/{name}", target.require_group("uns"))
-                target["uns"].attrs.update({"encoding-type": "dict", "encoding-version": "0.1.0"})
-            for name in {n for n in rewritten if n.startswith(("var/", "uns/"))}:
-                del target[name]
-                values = read_values(source[name])
-                is_mask = name == "var/highly_variable"
-                write_values(target, name, values.astype(bool) if is_mask else values)
+            copy_names(source, target, rewritten)
+            place = np.argsort(order)
             for name in sorted({"X", "obsm/X_hvg", *copy.made_of["matrices"]}):
                 if name in rewritten:
                     with plain_matrix(source[name]) as matrix:
-                        copy_matrix(matrix, target, name, np.argsort(order), layout, advance)
+                        copy_matrix(matrix, target, name, place, layout, advance)
                 elif not is_matrix(source.get(name)):
                     continue
                 elif name in copy.made_of["matrices"]:
-                    copy_matrix(source[name], target, name, np.argsort(order), layout, advance)
+                    copy_matrix(source[name], target, name, place, layout, advance)
                 else:  # only its shape is read; whoever reads more gets NaN, not zeros
-                    shape = matrix_shape(source[name])
-                    declared = target.create_dataset(name, shape, np.float32, fillvalue=np.nan)
-                    declared.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+                    create_matrix(target, name, matrix_shape(source[name]), np.nan)
         if not data_file_origin(copy.source).items() <= copy.made_of.items():
             raise InputError(f"{copy.source} changed while it was read; start again")
         with path.open("rb") as written:
@@ -209,6 +205,42 @@ def write_copy(
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def copy_names(source: h5py.File, target: h5py.File, rewritten: Collection[str]) -> None:
+    """Copy what cell-load reads of var and uns; `rewritten` nodes in a plain form."""
+    source.copy("var", target)
+    for name in {"log1p", "hvg_names"} & set(source.get("uns", ())):
+        source.copy(f"uns/{name}", target.require_group("uns"))
+        target["uns"].attrs.update({"encoding-type": "dict", "encoding-version": "0.1.0"})
+    for name in {n for n in rewritten if n.startswith(("var/", "uns/"))}:
+        del target[name]
+        values = read_values(source[name])
+        is_mask = name == "var/highly_variable"
+        write_values(target, name, values.astype(bool) if is_mask else values)
+
+
+def create_matrix(
+    target: h5py.File, name: str, shape: tuple[int, int], fill: float | None = None
+) -> h5py.Dataset:
+    """A dense float32 matrix (cells, columns), to be filled."""
+    matrix = target.create_dataset(name, shape, "float32", fillvalue=fill)
+    matrix.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+    return matrix
+
+
+def create_csr(target: h5py.File, name: str, lengths: np.ndarray, width: int) -> h5py.Group:
+    """A CSR matrix of float32 with int64 (cells,) `lengths` of rows, its values to be filled."""
+    import numpy as np
+
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    group = target.create_group(name)
+    group["indptr"] = starts
+    group.create_dataset("data", (starts[-1],), np.float32)
+    group.create_dataset("indices", (starts[-1],), np.int32)
+    group.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0"})
+    group.attrs["shape"] = np.array([len(lengths), width])
+    return group
 
 
 def cell_order(file: h5py.File, columns: Columns) -> np.ndarray:
@@ -324,16 +356,10 @@ def copy_matrix(
     if csr:
         lengths = np.empty(rows, np.int64)
         lengths[place] = np.diff(source["indptr"][:])
-        starts = np.concatenate([[0], np.cumsum(lengths)])
-        out = target.create_group(name)
-        out["indptr"] = starts
-        data = out.create_dataset("data", (starts[-1],), np.float32)
-        indices = out.create_dataset("indices", (starts[-1],), np.int32)
-        out.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0"})
-        out.attrs["shape"] = np.array([rows, width])
+        out = create_csr(target, name, lengths, width)
+        starts, data, indices = out["indptr"][:], out["data"], out["indices"]
     else:
-        out = target.create_dataset(name, (rows, width), np.float32)
-        out.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+        out = create_matrix(target, name, (rows, width))
     for first, block in row_blocks(source, max_rows=rows if csr else max(1, BLOCK // width)):
         places = place[first : first + block.shape[0]]
         if csr or (is_sparse(source) and name != "X"):

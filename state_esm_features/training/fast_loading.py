@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from state_esm_features.console import Findings, InputError, count, some
 from state_esm_features.files import as_json, data_file_origin, existing_parent
 from state_esm_features.h5ad import is_sparse, matrix_shape, open_h5ad
-from state_esm_features.training.data import Data, cell_types_read
+from state_esm_features.training.data import Data, DataFile, cell_types_read
 from state_esm_features.training.fast_copies import FastCopy, FastLoading
 from state_esm_features.training.stock import matrices_read, set_length
 
@@ -54,35 +54,15 @@ def plan_fast_loading(
     layout: str, folder: Path, data: Data, stock: Mapping[str, Any], found: Findings
 ) -> FastLoading:
     """Decide which files need a copy, and whether there is room for those that are missing."""
-    import h5py
-
     if layout == "sorted":
         check_consecutive(data, stock, found)
     kwargs, c = stock["data"]["kwargs"], data.columns
-    matrices = matrices_read(kwargs)
     names = sorted({c.pert, c.batch, c.cell_type, *(kwargs.get("additional_obs") or ())})
-    copies = {}
+    copies: dict[Path, FastCopy] = {}
     for f in data.files:
-        with found.collect(), open_h5ad(f.path) as file:
-            lost = [n for n in names if n and n not in file["obs"]]
-            if lost:
-                raise InputError(f"{f.path} has no obs column {some(lost)}")
-            nodes = [file[m] for m in matrices if file.get(m) is not None]
-            plain = all(isinstance(n, h5py.Dataset) and n.chunks is None for n in nodes)
-            if not f.unreadable and (f.grouped if layout == "sorted" else plain):
-                continue
-            size = sum(_copy_bytes(n, layout) for n in nodes) + 100 * int(f.cells.sum())
-            made_of = {
-                "format": FAST_FORMAT,
-                "layout": layout,
-                **data_file_origin(f.path.absolute()),
-                "obs": names,
-                "matrices": matrices,
-                **({"rewritten": [n.node for n in f.unreadable]} if f.unreadable else {}),
-            }
-            key = hashlib.sha256(as_json(made_of)).hexdigest()[:12]
-            target = folder / f"{f.path.stem}-{layout}-{key}" / f.path.name
-            copies[f.path] = FastCopy(f.path.absolute(), target, size, made_of)
+        with found.collect():
+            copy = copy_needed(f, layout, folder, names, matrices_read(kwargs))
+            copies |= {f.path: copy} if copy else {}
     fast = FastLoading(layout, folder, copies)
     with found.collect():
         fast_paths(fast, data)
@@ -94,6 +74,40 @@ def plan_fast_loading(
             f"{free / 1e9:.1f} GB are free. Free some, or choose another --data-cache"
         )
     return fast
+
+
+def copy_needed(
+    f: DataFile, layout: str, folder: Path, names: Sequence[str], matrices: Sequence[str]
+) -> FastCopy | None:
+    """The copy to read in place of a file; None where the file is in this order and form itself.
+
+    Parameters
+    ----------
+    names, matrices
+        obs columns and matrices that cell-load reads.
+    """
+    import h5py
+
+    with open_h5ad(f.path) as file:
+        lost = [n for n in names if n and n not in file["obs"]]
+        if lost:
+            raise InputError(f"{f.path} has no obs column {some(lost)}")
+        nodes = [file[m] for m in matrices if file.get(m) is not None]
+        plain = all(isinstance(n, h5py.Dataset) and n.chunks is None for n in nodes)
+        if not f.unreadable and (f.grouped if layout == "sorted" else plain):
+            return None
+        size = sum(_copy_bytes(n, layout) for n in nodes) + 100 * int(f.cells.sum())
+    made_of = {
+        "format": FAST_FORMAT,
+        "layout": layout,
+        **data_file_origin(f.path.absolute()),
+        "obs": names,
+        "matrices": matrices,
+        **({"rewritten": [n.node for n in f.unreadable]} if f.unreadable else {}),
+    }
+    key = hashlib.sha256(as_json(made_of)).hexdigest()[:12]
+    target = folder / f"{f.path.stem}-{layout}-{key}" / f.path.name
+    return FastCopy(f.path.absolute(), target, size, made_of)
 
 
 def _copy_bytes(node: h5py.Group | h5py.Dataset, layout: str) -> int:

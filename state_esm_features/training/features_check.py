@@ -34,22 +34,7 @@ def check_features(
 
     features = read_features(path)
     control = data.columns.control if data else (manifest or {}).get("control", DEFAULT_CONTROL)
-    if manifest is None:
-        found.warnings.append(
-            f"{path} has no manifest of create_esm_pert_features.py: nothing tells where its "
-            "vectors come from"
-        )
-    elif manifest["control"] != control:
-        found.problems.append(
-            f"{path} was made for the control {manifest['control']!r}, but this run's control is "
-            f"{control!r}; make it again, or correct --control-pert"
-        )
-    filled = list((manifest or {}).get("missing", {}))
-    if manifest is not None and filled and manifest["policy"]["missing"] == "mean":
-        found.warnings.append(
-            f"{path}: {len(filled):,} of {count(len(features), 'label')} filled in with the mean "
-            f"vector, as --missing mean chose ({some(filled)})"
-        )
+    _check_manifest(path, len(features), manifest, control, found)
     if control not in features:
         found.warnings.append(f"{path} has no control {control!r}: cell-load gives it zeros")
     widths = sorted({tuple(v.shape) for v in features.values()})
@@ -71,6 +56,28 @@ def check_features(
         "labels": len(features),
         "ablation": ablation,
     }
+
+
+def _check_manifest(
+    path: Path, labels: int, manifest: Mapping[str, Any] | None, control: str, found: Findings
+) -> None:
+    if manifest is None:
+        found.warnings.append(
+            f"{path} has no manifest of create_esm_pert_features.py: nothing tells where its "
+            "vectors come from"
+        )
+        return
+    if manifest["control"] != control:
+        found.problems.append(
+            f"{path} was made for the control {manifest['control']!r}, but this run's control is "
+            f"{control!r}; make it again, or correct --control-pert"
+        )
+    filled = list(manifest.get("missing", {}))
+    if filled and manifest["policy"]["missing"] == "mean":
+        found.warnings.append(
+            f"{path}: {len(filled):,} of {count(labels, 'label')} filled in with the mean "
+            f"vector, as --missing mean chose ({some(filled)})"
+        )
 
 
 def read_features(path: Path) -> dict[str, Any]:

@@ -179,38 +179,43 @@ def try_model(stock: Mapping[str, Any], dims: Mapping[str, Any]) -> Trial:
 
     import state.tx.models  # noqa: F401  (what modules make when imported must not be meta)
     import torch
-    from state.tx.utils import get_lightning_module
 
-    stock = as_run_tx_train(stock, dims)
-    model, kwargs = stock["model"], stock["data"]["kwargs"]
-    module, stepped = None, False
     with (
         torch.device("meta"),
         contextlib.redirect_stdout(io.StringIO()),  # State prints the model
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")  # of losses that no trainer logs
-        try:
-            module = get_lightning_module(
-                model["name"], kwargs, model["kwargs"], stock["training"], dims
+        return build_and_step(as_run_tx_train(stock, dims), dims, cells)
+
+
+def build_and_step(stock: Mapping[str, Any], dims: Mapping[str, Any], cells: int) -> Trial:
+    """`try_model` on the device of the context, with sets of so many cells."""
+    from state.tx.utils import get_lightning_module
+
+    model, kwargs = stock["model"], stock["data"]["kwargs"]
+    module, stepped = None, False
+    try:
+        module = get_lightning_module(
+            model["name"], kwargs, model["kwargs"], stock["training"], dims
+        )
+        own = getattr(module, "cell_sentence_len", cells)
+        if cells % own:
+            return Trial(
+                f"it takes sets of {own} cells, and State's training would give it sets of "
+                f"{cells}; set model.kwargs.cell_set_len, and no other length"
             )
-            own = getattr(module, "cell_sentence_len", cells)
-            if cells % own:
-                return Trial(
-                    f"it takes sets of {own} cells, and State's training would give it sets of "
-                    f"{cells}; set model.kwargs.cell_set_len, and no other length"
-                )
-            loss = module.training_step(empty_batch(stock, dims, cells), 0)
-            if loss is not None:  # the mean baselines have nothing to minimise
-                loss.backward()
-            elif model["name"].lower() == "decoder_only":
-                return Trial("it learns to decode an embedding into genes, and is given none")
-            stepped = True
-        except Exception as error:  # State, transformers and torch raise anything
-            text = " ".join(f"{type(error).__name__}: {error}".split())
-            if isinstance(error, OSError) or not re.search(r"\bmeta\b|to a .?Trainer", text):
-                what = "a training step" if module else "building it"
-                return Trial(f"{what} ends in {text[:300]}")
+        loss = module.training_step(empty_batch(stock, dims, cells), 0)
+        if loss is not None:  # the mean baselines have nothing to minimise
+            loss.backward()
+        elif model["name"].lower() == "decoder_only":
+            return Trial("it learns to decode an embedding into genes, and is given none")
+        stepped = True
+    except Exception as error:  # State, transformers and torch raise anything
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        if isinstance(error, OSError) or not re.search(r"\bmeta\b|to a .?Trainer", text):
+            what = "a training step" if module else "building it"
+            return Trial(f"{what} ends in {text[:300]}")
     if module is None:
         return Trial(None)
     return Trial(None, checkpoint_bytes(module, stepped, counts_read(kwargs) is not None))

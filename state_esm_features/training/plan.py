@@ -12,13 +12,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from state_esm_features.console import Findings, count, log, one_error, warn
+from state_esm_features.console import Findings, count, log
 from state_esm_features.embedding.features import resolve_labels
 from state_esm_features.embedding.features_file import read_manifest, write_features
 from state_esm_features.embedding.labels import Labels, add_labels_found
 from state_esm_features.embedding.report import summary
 from state_esm_features.embedding.vectors import warn_of_identical, with_vectors
-from state_esm_features.files import existing_file, existing_parent
+from state_esm_features.files import existing_file
 from state_esm_features.h5ad import storage_problems
 from state_esm_features.option_groups import (
     CONSECUTIVE,
@@ -260,6 +260,99 @@ def choose_settings(
     return settings, [*kept, *options.overrides]
 
 
+def step_checkpoints(asked: Mapping[str, Any], stock: Mapping[str, Any]) -> int | None:
+    """Steps between two step=N.ckpt: State's default, which State ignores, does not count."""
+    every = "ckpt_every_n_steps"
+    return int(stock["training"][every]) if f"training.{every}" in asked else None
+
+
+def check_data(
+    config: Path,
+    asked: Mapping[str, Any],
+    stock: Mapping[str, Any],
+    found: Findings,
+    manifest: Mapping[str, Any] | None,
+) -> Data | None:
+    """The data, as `inspect_data` has it, and whether the model can be trained on it."""
+    data = None
+    with found.collect():
+        data = inspect_data(config, asked, stock["data"]["kwargs"], found, manifest)
+    if data and data.files:  # before hours go into features
+        check_model(str(asked["model"]), stock, data.files, found)
+    return data
+
+
+def checked_stock(settings: Mapping[str, Any], typed: Sequence[str]) -> dict[str, Any]:
+    """State's configuration, and that it holds what can be trained at all."""
+    stock = compose(overrides_of(settings, typed))
+    require_numbers(stock["training"])
+    require_known(stock["data"])
+    return stock
+
+
+def check_start(model: Mapping[str, Any], found: Findings) -> None:
+    """Note if the checkpoint is not there from which a new run of the model starts."""
+    with found.collect():
+        if model.get("init_from"):
+            checkpoint = "checkpoint to start from (model.kwargs.init_from)"
+            existing_file(model["init_from"], checkpoint)
+
+
+def choose_loading(
+    options: TrainingOptions,
+    resumed: Mapping[str, Any],
+    data: Data,
+    stock: Mapping[str, Any],
+    run_dir: Path,
+    found: Findings,
+) -> FastLoading | None:
+    """How the files are read, as asked for or as the `resumed` run has it; None as they are.
+
+    Notes the files that cannot be read like this.
+    """
+    layout = options.fast_loading or resumed.get("fast_loading")
+    found.problems += storage_problems(
+        {f.path: [n for n in f.unreadable if not (layout and n.mended)] for f in data.files},
+        fast=not layout,
+    )
+    if not layout:
+        return None
+    default = resumed.get("data_cache") or run_dir.parent / "data_cache"
+    folder = Path(options.data_cache or default).absolute()
+    return plan_fast_loading(layout, folder, data, stock, found)
+
+
+def check_space(
+    stock: Mapping[str, Any],
+    data: Data,
+    pert_width: int,
+    interval: int | None,
+    fast: FastLoading | None,
+    run_dir: Path,
+    found: Findings,
+) -> None:
+    """Note if there is no room for the checkpoints, one every `interval` steps among them."""
+    each = try_model(stock, data_dims(data.files, pert_width)).checkpoint
+    steps = stock["training"]["max_steps"] // interval if interval else 0
+    check_disk(each, steps, run_dir, fast.bytes_beside(run_dir) if fast else 0, found)
+
+
+def features_of(
+    options: TrainOptions,
+    data: Data | None,
+    manifest: Mapping[str, Any] | None,
+    earlier: Mapping[str, Any] | None,
+    place: Path,
+    found: Findings,
+) -> tuple[Path | None, dict[str, Any] | None]:
+    """(file, if it was made now; what `check_features` says): those named, or made for the run."""
+    if options.data.pert_features:
+        return None, check_features(options.data.pert_features, manifest, data, found)
+    if data and data.files:
+        return make_features(options, data, place, earlier, found)
+    return None, None
+
+
 def make_plan(
     options: TrainOptions,
     run_dir: Path,
@@ -286,58 +379,26 @@ def make_plan(
     found = Findings()
     settings, typed = choose_settings(options, earlier)
     asked = settings | typed_settings(typed)
-    stock = compose(overrides_of(settings, typed))
-    require_numbers(stock["training"])
-    require_known(stock["data"])
-    every = "ckpt_every_n_steps"  # has a default that stock ignores: only an explicit one counts
-    interval = int(stock["training"][every]) if f"training.{every}" in asked else None
-    data = features = fast = made = None
-    named = options.data.pert_features
-    kept = (earlier or {}) if options.run.resume else {}
-    layout = options.training.fast_loading or kept.get("fast_loading")
+    stock = checked_stock(settings, typed)
+    resumed = (earlier or {}) if options.run.resume else {}
+    interval, fast = step_checkpoints(asked, stock), None
+    data = check_data(options.data.config, asked, stock, found, manifest)
+    if not resumed:
+        check_start(stock["model"]["kwargs"], found)
+    made = features = None
     with found.collect():
-        data = inspect_data(options.data.config, asked, stock["data"]["kwargs"], found, manifest)
-    if data and data.files:  # before hours go into features
-        check_model(str(asked["model"]), stock, data.files, found)
-    init = stock["model"]["kwargs"].get("init_from")
-    if init and not kept:
-        with found.collect():
-            existing_file(init, "checkpoint to start from (model.kwargs.init_from)")
-    with found.collect():
-        if named:
-            features = check_features(named, manifest, data, found)
-        elif data and data.files:
-            made, features = make_features(options, data, place, earlier, found)
+        made, features = features_of(options, data, manifest, earlier, place, found)
     if data and data.files:
-        unreadable = {
-            f.path: [n for n in f.unreadable if not (layout and n.mended)] for f in data.files
-        }
-        found.problems += storage_problems(unreadable, fast=not layout)
-        settings |= {
-            "data.kwargs.pert_col": data.columns.pert,
-            "data.kwargs.batch_col": data.columns.batch,
-            "data.kwargs.cell_type_key": data.columns.cell_type,
-            "data.kwargs.control_pert": data.columns.control,
-        }
+        settings |= data.columns.settings()
         settings.setdefault(WORKERS, choose_workers(stock, data))
-        reserved = 0
-        if layout:
-            default = kept.get("data_cache") or run_dir.parent / "data_cache"
-            folder = Path(options.training.data_cache or default).absolute()
-            fast = plan_fast_loading(layout, folder, data, stock, found)
-            if existing_parent(folder).stat().st_dev == existing_parent(run_dir).stat().st_dev:
-                reserved = sum(copy.size for copy in fast.missing())
+        fast = choose_loading(options.training, resumed, data, stock, run_dir, found)
         if features:
-            each = try_model(stock, data_dims(data.files, features["width"])).checkpoint
-            steps = stock["training"]["max_steps"] // interval if interval else 0
-            check_disk(each, steps, run_dir, reserved, found)
-    for message in found.warnings:
-        warn(message)
-    if found.problems or not data or not features:
-        raise one_error(list(dict.fromkeys(found.problems)))
+            check_space(stock, data, features["width"], interval, fast, run_dir, found)
+    found.settle()
+    assert data and features  # else there is a problem
     return Plan(
         toml=options.data.config,
-        features=named or run_dir / OWN_FEATURES,
+        features=options.data.pert_features or run_dir / OWN_FEATURES,
         made=made,
         run_dir=run_dir,
         settings=settings,

@@ -5,6 +5,11 @@ The model stands in `model_check`, the features in `features_check`.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cell_load.config import ExperimentConfig
+
 import contextlib
 import os
 import shutil
@@ -121,13 +126,8 @@ def inspect_data(
         Of the features, whose perturbation column and control hold if nothing is asked for.
     """
     experiment = load_experiment(toml_path)
-    wrong = [f"{toml_path}: {p}" for p in experiment_problems(experiment)]
-    if not wrong:
-        by_dataset, wrong = find_data_files(experiment, toml_path)
-        if not wrong and not by_dataset:
-            wrong = [f"{toml_path}: [training], [zeroshot] and [fewshot] name no dataset"]
-    found.problems += wrong
-    if wrong:
+    by_dataset = files_of(experiment, toml_path, found)
+    if not by_dataset:
         return None
     columns_there: dict[Path, list[str]] = {}
     for path in (path for paths in by_dataset.values() for path in paths):
@@ -154,13 +154,34 @@ def inspect_data(
     ]
     files = [f for f in inspected if f is not None]
     splits = split_cells(experiment, files, columns.control)
+    data = Data(experiment, columns, files, splits)
     if files:
-        check_genes(files, found)
-        check_controls(files, columns.control, found)
-        check_splits(experiment, files, splits, columns.control, found)
-        if not stock["should_yield_control_cells"]:
-            check_subsets(experiment, files, columns.control, found)
-    return Data(experiment, columns, files, splits)
+        check_files(data, stock, found)
+    return data
+
+
+def files_of(
+    experiment: ExperimentConfig, toml_path: Path, found: Findings
+) -> dict[str, list[Path]]:
+    """{dataset: its files}; none if something is wrong with the TOML or its paths: it is noted."""
+    wrong = [f"{toml_path}: {p}" for p in experiment_problems(experiment)]
+    files: dict[str, list[Path]] = {}
+    if not wrong:
+        files, wrong = find_data_files(experiment, toml_path)
+    if not wrong and not files:
+        wrong = [f"{toml_path}: [training], [zeroshot] and [fewshot] name no dataset"]
+    found.problems += wrong
+    return {} if wrong else files
+
+
+def check_files(data: Data, stock: Mapping[str, Any], found: Findings) -> None:
+    """What is wrong with the files together, `stock` being the arguments of the data module."""
+    experiment, files, control = data.experiment, data.files, data.columns.control
+    check_genes(files, found)
+    check_controls(files, control, found)
+    check_splits(experiment, files, data.splits, control, found)
+    if not stock["should_yield_control_cells"]:
+        check_subsets(experiment, files, control, found)
 
 
 def choose_workers(stock: Mapping[str, Any], data: Data) -> int:

@@ -296,6 +296,35 @@ def refuse_hpc_checkpoint(run_dir: Path, how: str) -> None:
         )
 
 
+def described(plan: Plan, what: Mapping[str, Any]) -> dict[str, Any]:
+    """What run.json says of a run beside its starts; `what` is its `identity`."""
+    fast, on_embedding = plan.fast, plan.stock["data"]["kwargs"]["embed_key"]
+    first = plan.data.files[0]
+    return {
+        "status": "training",
+        "stock_command": plan.stock_command(),
+        "settings": plan.settings,
+        "typed": plan.typed,
+        "fast_loading": fast.layout if fast else None,
+        "data_cache": str(fast.folder) if fast else None,
+        "ablation": plan.pert_features["ablation"],
+        "python_hash_seed": os.environ.get("PYTHONHASHSEED"),
+        "identity": what,
+        # what `state tx infer` takes the columns of a template for
+        "genes": None if on_embedding else fingerprint(first.genes),
+        "input_width": first.width,
+        "hardware": hardware(),
+        "git": {
+            "working_directory": git_state(Path.cwd()),
+            "scripts": git_state(Path(__file__).parent),
+        },
+        # for the other ranks, where there are any
+        "launch": launch_id(),
+        "overrides": plan.overrides(plan.own_toml, plan.own_features),
+        "step_checkpoints": plan.step_checkpoints,
+    }
+
+
 def start(
     plan: Plan, earlier: Mapping[str, Any] | None, how: str, command: Sequence[str]
 ) -> dict[str, Any]:
@@ -311,35 +340,10 @@ def start(
             aside = str(move_aside(plan.run_dir))
             record["replaces"] = [*earlier["replaces"], aside]
             log.info("the old run is kept as %s until this one has finished", aside)
-    what, fast = identity(plan), plan.fast
-    own = plan.own_features
+    what, own = identity(plan), plan.own_features
     kept = read_manifest(own) if own.exists() else None  # labels may have been added to it
     new_features = kept is None or trained_sha256(kept) != what["features"]["sha256"]
-    record |= {
-        "status": "training",
-        "stock_command": plan.stock_command(),
-        "settings": plan.settings,
-        "typed": plan.typed,
-        "fast_loading": fast.layout if fast else None,
-        "data_cache": str(fast.folder) if fast else None,
-        "ablation": plan.pert_features["ablation"],
-        "python_hash_seed": os.environ.get("PYTHONHASHSEED"),
-        "identity": what,
-        # what `state tx infer` takes the columns of a template for
-        "genes": None
-        if plan.stock["data"]["kwargs"]["embed_key"]
-        else fingerprint(plan.data.files[0].genes),
-        "input_width": plan.data.files[0].width,
-        "hardware": hardware(),
-        "git": {
-            "working_directory": git_state(Path.cwd()),
-            "scripts": git_state(Path(__file__).parent),
-        },
-        # for the other ranks, where there are any
-        "launch": launch_id(),
-        "overrides": plan.overrides(plan.own_toml, plan.own_features),
-        "step_checkpoints": plan.step_checkpoints,
-    }
+    record |= described(plan, what)
     fresh = "data order and random state start anew" if step else None
     record["starts"] = [
         *record["starts"],

@@ -34,7 +34,6 @@ def check_splits(
         d: sorted({t for f in files if f.dataset == d for t in f.cell_types})
         for d in dict.fromkeys(f.dataset for f in files)
     }
-    everything = {label for f in files for label in f.labels}
     for key in [*experiment.zeroshot, *experiment.fewshot]:
         dataset, _, cell_type = key.partition(".")
         if dataset in types and cell_type not in types[dataset]:
@@ -42,40 +41,9 @@ def check_splits(
                 f"{key!r}: no file of dataset {dataset!r} has the cell type {cell_type!r}"
                 f"{did_you_mean(cell_type, types[dataset])}; cell types: {some(types[dataset])}"
             )
-    held = _names_held_out(experiment, files, types, everything, control, found)
-    trained = sorted(held & set(splits["train"]))
-    if trained:
-        where = [
-            f"{f.dataset}.{cell_type}"
-            for f, cell_type, parts in parts_of_cell_types(experiment, files, control)
-            if not parts["train"].keys().isdisjoint(trained)
-        ]
-        found.warnings.append(
-            f"[fewshot] holds {some(trained)} out, but training sees "
-            f"{them(len(trained))} in {some(dict.fromkeys(where))}: not unseen. "
-            "For genes that no training cell has, hold them out there too"
-        )
-    pairs = [x for x in splits["train"] if "+" in x and not held.isdisjoint(x.split("+"))]
-    if pairs:
-        found.warnings.append(
-            f"training has combinations of genes that [fewshot] holds out ({some(pairs)}): these "
-            "genes are not unseen. Hold the combinations out too"
-        )
-    unread = {
-        f"{f.dataset}.{cell_type}": int(row.sum())
-        for f in files
-        for cell_type, row in zip(f.cell_types, f.cells, strict=True)
-        if row.any() and not is_read(experiment, f.dataset, cell_type)
-    }
-    if unread:
-        datasets = dict.fromkeys(key.partition(".")[0] for key in unread)
-        lines = " and ".join(f'{name} = "train"' for name in datasets)
-        found.warnings.append(
-            f"{count(len(unread), 'cell type')} not read ({some(unread)}; "
-            f"{count(sum(unread.values()), 'cell')}): [zeroshot] and [fewshot] do not name "
-            f"{them(len(unread))}, nor [training] the dataset. To train on {them(len(unread))}: "
-            f"{lines} under [training]"
-        )
+    held = _names_held_out(experiment, files, types, control, found)
+    found.warnings += held_out_but_trained(experiment, files, splits["train"], held, control)
+    found.warnings += cell_types_unread(experiment, files)
     if not splits["train"]:
         advice = 'name a dataset under [training], e.g. NAME = "train"'
         if any(f.dataset in experiment.training and f.labels for f in files):
@@ -85,17 +53,74 @@ def check_splits(
         found.warnings.append(_no_validation_message(experiment, files, splits, control))
 
 
+def held_out_but_trained(
+    experiment: ExperimentConfig,
+    files: Sequence[DataFile],
+    train: Mapping[str, int],
+    held: Collection[str],
+    control: str,
+) -> list[str]:
+    """What to say of labels that [fewshot] holds out and training sees all the same.
+
+    Parameters
+    ----------
+    train
+        {label: cells} of the training.
+    held
+        Labels that [fewshot] holds out.
+    """
+    texts = []
+    trained = sorted({*held} & train.keys())
+    if trained:
+        where = [
+            f"{f.dataset}.{cell_type}"
+            for f, cell_type, parts in parts_of_cell_types(experiment, files, control)
+            if not parts["train"].keys().isdisjoint(trained)
+        ]
+        texts.append(
+            f"[fewshot] holds {some(trained)} out, but training sees "
+            f"{them(len(trained))} in {some(dict.fromkeys(where))}: not unseen. "
+            "For genes that no training cell has, hold them out there too"
+        )
+    pairs = [x for x in train if "+" in x and not set(x.split("+")).isdisjoint(held)]
+    if pairs:
+        texts.append(
+            f"training has combinations of genes that [fewshot] holds out ({some(pairs)}): these "
+            "genes are not unseen. Hold the combinations out too"
+        )
+    return texts
+
+
+def cell_types_unread(experiment: ExperimentConfig, files: Sequence[DataFile]) -> list[str]:
+    """What to say of cell types that are in no split."""
+    cells = {
+        f"{f.dataset}.{cell_type}": int(row.sum())
+        for f in files
+        for cell_type, row in zip(f.cell_types, f.cells, strict=True)
+        if row.any() and not is_read(experiment, f.dataset, cell_type)
+    }
+    if not cells:
+        return []
+    datasets = dict.fromkeys(key.partition(".")[0] for key in cells)
+    lines = " and ".join(f'{name} = "train"' for name in datasets)
+    return [
+        f"{count(len(cells), 'cell type')} not read ({some(cells)}; "
+        f"{count(sum(cells.values()), 'cell')}): [zeroshot] and [fewshot] do not name "
+        f"{them(len(cells))}, nor [training] the dataset. To train on {them(len(cells))}: "
+        f"{lines} under [training]"
+    ]
+
+
 def _names_held_out(
     experiment: ExperimentConfig,
     files: Sequence[DataFile],
     types: Mapping[str, Sequence[str]],
-    everything: Collection[str],
     control: str,
     found: Findings,
 ) -> set[str]:
     """Labels that [fewshot] holds out of a cell type that is there; notes those without effect."""
-    held = set()
-    nowhere: set[str] = set()
+    everything = {label for f in files for label in f.labels}
+    held, nowhere = set[str](), set[str]()
     for key, kept in experiment.fewshot.items():
         named = {*kept.get("val", ()), *kept.get("test", ())}  # a train list holds nothing out
         dataset, _, cell_type = key.partition(".")
@@ -103,31 +128,37 @@ def _names_held_out(
         if cell_type in types.get(dataset, ()):
             held |= named
             here = labels_with_cells(files, dataset, cell_type) | {control}
-            elsewhere = named.intersection(everything) - here
+            elsewhere = sorted(named.intersection(everything) - here)
             if elsewhere:
                 found.warnings.append(
                     f'[fewshot."{key}"] names {count(len(elsewhere), "label")} of which this cell '
-                    f"type has no cell ({some(sorted(elsewhere))}): nothing is held out for "
+                    f"type has no cell ({some(elsewhere)}): nothing is held out for "
                     f"{them(len(elsewhere))}"
                 )
-        both = set(kept.get("val", ())) & set(kept.get("test", ()))
-        if both:
-            found.warnings.append(
-                f'[fewshot."{key}"] {some(sorted(both))}: both val and test, so best.ckpt is '
-                "chosen on cells of the test. Name each once"
-            )
-        if control in named:
-            found.warnings.append(
-                f'[fewshot."{key}"] names the control {control!r}, of which cell-load holds '
-                "nothing out: control cells go into every split"
-            )
-        if key in experiment.zeroshot:
-            found.warnings.append(
-                f'[fewshot."{key}"] has no effect: [zeroshot] holds out the whole cell type'
-            )
+        whole = key in experiment.zeroshot
+        found.warnings += [f'[fewshot."{key}"] {x}' for x in _odd_section(kept, control, whole)]
     if nowhere:
         found.warnings.append(names_of_no_file(sorted(nowhere), everything))
     return held
+
+
+def _odd_section(kept: Mapping[str, Sequence[str]], control: str, whole: bool) -> list[str]:
+    """What to say of {split: labels} of a cell type, which [zeroshot] holds out `whole` or not."""
+    texts = []
+    both = set(kept.get("val", ())) & set(kept.get("test", ()))
+    if both:
+        texts.append(
+            f"{some(sorted(both))}: both val and test, so best.ckpt is chosen on cells of the "
+            "test. Name each once"
+        )
+    if control in {*kept.get("val", ()), *kept.get("test", ())}:
+        texts.append(
+            f"names the control {control!r}, of which cell-load holds nothing out: control cells "
+            "go into every split"
+        )
+    if whole:
+        texts.append("has no effect: [zeroshot] holds out the whole cell type")
+    return texts
 
 
 def check_subsets(
