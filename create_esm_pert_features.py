@@ -55,7 +55,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from state_esm_features import __version__
+try:
+    from state_esm_features import __version__
+except ModuleNotFoundError:
+    sys.exit(
+        f"error: {Path(__file__).name} needs the folder state_esm_features of the same repository: "
+        "keep it beside the script, or pip install the repository"
+    )
 from state_esm_features.console import InputError, count, exit_code, log, some, start_log, warn
 from state_esm_features.embedding.features import resolve_labels
 from state_esm_features.embedding.features_file import manifest_path, set_aside, write_features

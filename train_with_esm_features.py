@@ -54,7 +54,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from state_esm_features import __version__
+try:
+    from state_esm_features import __version__
+except ModuleNotFoundError:
+    sys.exit(
+        f"error: {Path(__file__).name} needs the folder state_esm_features of the same repository: "
+        "keep it beside the script, or pip install the repository"
+    )
 from state_esm_features.console import (
     STOP_SIGNALS,
     InputError,

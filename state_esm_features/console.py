@@ -119,15 +119,27 @@ def on_signals(stop: Callable[[int, object], None], signals: Sequence[int]) -> I
             signal.signal(number, handler)
 
 
+_asked: list[int] = []
+
+
 def raise_stopped(signum: int, frame: object) -> None:
     """Signal handler: leave through every `finally`, so that half-written files are removed."""
+    _asked.append(signum)
     raise Stopped(signum)
+
+
+def raise_if_stopped() -> None:
+    """Leave if a signal has asked for it: where the handler met a callback of C code or the end of
+    an object, Python prints what it raised there, and goes on."""
+    if _asked:
+        raise Stopped(_asked[0])
 
 
 def exit_code(
     step: Callable[[], int], stop_signals: Sequence[signal.Signals] = (signal.SIGTERM,)
 ) -> int:
     """Run `step` and translate how it ended into the documented exit codes."""
+    _asked.clear()
     try:
         with on_signals(raise_stopped, stop_signals):
             return step()
@@ -181,6 +193,7 @@ class Progress:
 
     def add(self, sequence: str) -> None:
         """One more protein is done."""
+        raise_if_stopped()
         self.done, self.residues = self.done + 1, self.residues + len(sequence)
         self.bar.update(len(sequence))
         self.bar.set_postfix_str(f"{self.done:,} of {self.proteins:,} proteins", refresh=False)
@@ -251,6 +264,7 @@ class Bar:
 
     def add(self, n: int, notes: str = "") -> None:
         """`n` more units are done."""
+        raise_if_stopped()
         self.done += n
         self.bar.set_postfix_str(notes, refresh=False)
         self.bar.update(n)

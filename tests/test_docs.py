@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -141,6 +144,50 @@ def test_console_commands_and_modules_exist() -> None:
     }
     assert PYPROJECT["tool"]["setuptools"]["py-modules"] == list(SCRIPTS)
     assert state_esm_features.__version__ == PYPROJECT["project"]["version"]
+
+
+def test_the_wheel_has_both_commands_and_their_parts(tmp_path: Path) -> None:
+    """Built and installed into an empty folder, beside which nothing of the repository lies."""
+    clean = shutil.copytree(ROOT, tmp_path / "source", ignore=shutil.ignore_patterns(".*", "demo"))
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
+    wheel = [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path / "wheel", clean]
+    subprocess.run(wheel, check=True, capture_output=True)
+    [built] = (tmp_path / "wheel").iterdir()
+    site = tmp_path / "site"
+    subprocess.run([*pip, "install", "--no-deps", "--target", site, built], check=True)
+    torch.save({"A": torch.tensor([1.0, 2.0])}, tmp_path / "t.pt")
+    (tmp_path / "g.txt").write_text("A\n")
+    env = {**os.environ, "PYTHONPATH": str(site)}
+    for name in SCRIPTS:
+        command = site / "bin" / name.replace("_", "-")
+        help_text = subprocess.run(
+            [sys.executable, command, "--help"], capture_output=True, text=True, env=env
+        )
+        assert help_text.stdout == SCRIPTS[name].build_parser().format_help(), help_text.stderr
+    words = ["--gene-list", "g.txt", "--esm-embeddings", "t.pt", "--output", "f.pt"]
+    done = subprocess.run(
+        [sys.executable, site / "bin" / "create-esm-pert-features", *words],
+        **{"cwd": tmp_path, "env": env, "capture_output": True, "text": True},
+    )
+    assert (done.returncode, done.stdout) == (0, "f.pt\n"), done.stderr
+    features = torch.load(tmp_path / "f.pt", weights_only=True)
+    assert features["A"].tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_copied_alone_says_what_it_needs(script: str, tmp_path: Path) -> None:
+    shutil.copy(ROOT / f"{script}.py", tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-S", f"{script}.py", "--help"],  # without what is installed
+        **{"cwd": tmp_path, "capture_output": True, "text": True},
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (
+        1,
+        "",
+        f"error: {script}.py needs the folder state_esm_features of the same repository: keep it "
+        "beside the script, or pip install the repository\n",
+    )
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

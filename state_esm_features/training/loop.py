@@ -17,7 +17,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from state_esm_features.console import STOP_SIGNALS, Bar, InputError, Stopped, log, some
+from state_esm_features.console import (
+    STOP_SIGNALS,
+    Bar,
+    InputError,
+    Stopped,
+    log,
+    raise_if_stopped,
+    some,
+)
 from state_esm_features.files import DISK_FULL, read_json, same_file, write_whole
 from state_esm_features.training.checkpoints import without_numpy, write_over_old_names
 from state_esm_features.training.launch import launch_id, rank
@@ -94,6 +102,7 @@ def take_signals(state: Training, trainer: Any, *_: Any) -> None:
     have been sent the same signal, and no batch may ever come. With several ranks all stop after
     the same step.
     """
+    raise_if_stopped()
     if threading.current_thread() is not threading.main_thread():
         return
     # not while this process itself reads: HDF5's call-backs swallow what is raised in them
