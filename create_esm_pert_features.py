@@ -52,8 +52,11 @@ import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from state_esm_features.console import Notes
 
 try:
     from state_esm_features import __version__
@@ -62,14 +65,14 @@ except ModuleNotFoundError:
         f"error: {Path(__file__).name} needs the folder state_esm_features of the same repository: "
         "keep it beside the script, or pip install the repository"
     )
-from state_esm_features.console import InputError, count, exit_code, log, some, start_log, warn
+from state_esm_features.console import InputError, count, exit_code, some, start_log
 from state_esm_features.embedding.features import resolve_labels
 from state_esm_features.embedding.features_file import manifest_path, set_aside, write_features
 from state_esm_features.embedding.labels import collect_labels
 from state_esm_features.embedding.plot import draw
 from state_esm_features.embedding.report import summary, write_report
-from state_esm_features.embedding.vectors import warn_of_identical, with_vectors
-from state_esm_features.experiment import features_section, say_section
+from state_esm_features.embedding.vectors import note_identical, with_vectors
+from state_esm_features.experiment import features_section, note_section
 from state_esm_features.files import begins_with, cannot_write
 from state_esm_features.h5ad import columns_of_all
 from state_esm_features.option_groups import (
@@ -106,12 +109,12 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_outputs(output: OutputOptions, inputs: Iterable[Path | None]) -> None:
+def check_outputs(output: OutputOptions, inputs: Iterable[Path]) -> None:
     """Refuse outputs that cannot be written, or would take the place of what is no such output.
 
     An older features file needs no check: `set_aside` keeps it.
     """
-    taken = {path.resolve(): "an input" for path in inputs if path}
+    taken = {path.resolve(): "an input" for path in inputs}
     for option, path, start in (
         ("--output", output.output, b""),
         ("--report", output.report, b"label\t"),
@@ -135,50 +138,59 @@ def check_outputs(output: OutputOptions, inputs: Iterable[Path | None]) -> None:
             raise cannot_write(path, error) from error
 
 
-def write_file(given: Mapping[str, Any], options: FeatureOptions, command: Sequence[str]) -> int:
+def write_file(
+    given: Mapping[str, Any], options: FeatureOptions, command: Sequence[str], notes: Notes
+) -> int:
     """From labels to the features file, in the order of the data."""
     wanted, output = make(LabelOptions, given), make(OutputOptions, given)
-    ablated, missing = make(AblationOptions, given), options.policy.missing
-    ablation = (
-        {"kind": ablated.ablation, "seed": ablated.ablation_seed} if ablated.ablation else None
-    )
-    files = (*wanted.gene_list, *wanted.adata, *options.sources.fasta)
-    check_outputs(output, (wanted.from_toml, options.symbols.aliases, options.symbols.hgnc, *files))
-    labels = collect_labels(wanted)
+    missing, ablation = options.policy.missing, make(AblationOptions, given).record()
+    check_outputs(output, inputs_of(wanted, options))
+    labels = collect_labels(wanted, notes)
+    notes.say()
     resolved = resolve_labels(
-        labels, options, output.dry_run, wanted.all_genes, output.report, can_report=True
+        labels, options, notes, output.dry_run, wanted.all_genes, output.report, can_report=True
     )
-    if resolved is None:
+    if resolved is None:  # a dry run that would have to download a table
         return 0
     resolver, resolutions = resolved.resolver, resolved.resolutions
     if output.dry_run and resolved.to_embed:
-        log.info("%s", summary(resolutions, labels, resolver, missing, ablation=ablation))
-        log.info("dry run: %s to compute, nothing written", count(len(resolved.to_embed), "gene"))
+        notes.line(summary(resolutions, labels, resolver, missing, ablation=ablation))
+        notes.line(f"dry run: {count(len(resolved.to_embed), 'gene')} to compute, nothing written")
         return 0
+    notes.say()
     features, vectors = resolved.features(options, ablation)
     own = with_vectors(resolutions, features)
     if output.report:
         write_report(output.report, resolutions, resolver.sources, missing, own, resolved.left_out)
     if output.plot:
         draw(output.plot, resolutions, vectors, features, resolved.tables)
-    warn_of_identical(own)
-    log.info("%s", summary(resolutions, labels, resolver, missing, features, ablation))
+    note_identical(own, notes)
+    notes.line(summary(resolutions, labels, resolver, missing, features, ablation))
     assert output.output is not None  # the parser has asked for it
     if output.dry_run:
-        set_aside(output.output, act=False)
-        log.info("dry run: %s not written", output.output)
+        set_aside(output.output, notes, act=False)
+        notes.line(f"dry run: {output.output} not written")
         return 0
-    write_features(
-        output.output,
-        features,
-        lambda sha256: resolved.manifest(features, sha256, options, command, ablation),
-    )
+    manifest = partial(resolved.manifest, features, options, command, ablation)
+    write_features(output.output, features, manifest, notes)
+    notes.say()
     print(output.output)
     return 0
 
 
+def inputs_of(wanted: LabelOptions, options: FeatureOptions) -> list[Path]:
+    """Every file that is read, but for tables: an older features file may be one."""
+    single = (wanted.from_toml, options.symbols.aliases, options.symbols.hgnc)
+    given = [path for path in single if path]
+    return [*given, *wanted.gene_list, *wanted.adata, *options.sources.fasta]
+
+
 def extend_run(
-    run: TrainedRun, given: Mapping[str, Any], options: FeatureOptions, command: Sequence[str]
+    run: TrainedRun,
+    given: Mapping[str, Any],
+    options: FeatureOptions,
+    command: Sequence[str],
+    notes: Notes,
 ) -> int:
     """Give a run the labels that it lacks; a dry run says what would be predicted wrongly."""
     wanted = make(LabelOptions, {"control_pert": run.control, **given})
@@ -189,27 +201,29 @@ def extend_run(
         )
     if wanted.pert_col is None and run.pert_col in columns_of_all(wanted.adata):
         wanted = replace(wanted, pert_col=run.pert_col)
-    labels = collect_labels(wanted, for_run=True)
+    labels = collect_labels(wanted, notes, for_run=True)
     if given.get("dry_run"):
-        for doubt in check_template(run, labels, wanted.adata, wanted.pert_col):
-            warn(doubt)
+        check_template(run, labels, wanted.adata, wanted.pert_col, notes)
         return 0
     run.manifest()  # refuses a run whose features nobody knows
     names, known = list(labels.names), run.vectors(run.features)
-    added = add_to_run(run, labels, options, command)
+    added = add_to_run(run, labels, options, command, notes)
     problems, doubts = check_templates(run, wanted.adata, wanted.pert_col)
     zeros, filled = filled_in(run, names, known)
     for text in (*problems, *doubts, *zeros, *filled):
-        warn(text)
+        notes.warn(text)
     if added:
-        log.info("added     %s to %s: %s", count(len(added), "label"), run.named, some(added))
+        notes.line(f"added     {count(len(added), 'label')} to {run.named}: {some(added)}")
     else:
-        log.info("up to date: %s knows all of these labels", run.named)
+        notes.line(f"up to date: {run.named} knows all of these labels")
+    notes.say()
     print(run.map_path)
     return 0
 
 
-def start(parser: argparse.ArgumentParser, typed: Mapping[str, Any], words: Sequence[str]) -> int:
+def start(
+    parser: argparse.ArgumentParser, typed: Mapping[str, Any], words: Sequence[str], notes: Notes
+) -> int:
     """Decide which options hold, and do what they ask for."""
     of_run, run = {}, None
     section = features_section(typed.get("from_toml"))
@@ -218,15 +232,15 @@ def start(parser: argparse.ArgumentParser, typed: Mapping[str, Any], words: Sequ
         if not typed.get("dry_run"):
             of_run = options_of_run(run, {**section, **typed})
     if section:
-        say_section(section, typed["from_toml"], typed)
+        note_section(section, typed["from_toml"], typed, notes)
     given = first_given(typed, section, of_run)
     options = feature_options(given)
     wrong = misused(options, given)
     if wrong:
         parser.error(wrong)
     if run is not None:
-        return extend_run(run, given, options, words)
-    return write_file(given, options, words)
+        return extend_run(run, given, options, words, notes)
+    return write_file(given, options, words, notes)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -245,7 +259,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if name in typed:
                 parser.error(f"--{name.replace('_', '-')} does not go with --into-run")
     start_log(typed.get("quiet", False))
-    return exit_code(lambda: start(parser, typed, words))
+    notes = Notes()
+    return exit_code(lambda: start(parser, typed, words, notes), notes=notes)
 
 
 if __name__ == "__main__":

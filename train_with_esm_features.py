@@ -54,6 +54,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from state_esm_features.console import Notes
+
 try:
     from state_esm_features import __version__
 except ModuleNotFoundError:
@@ -66,12 +68,10 @@ from state_esm_features.console import (
     InputError,
     Stopped,
     exit_code,
-    log,
     start_log,
-    warn,
 )
 from state_esm_features.embedding.features_file import read_manifest
-from state_esm_features.experiment import features_section, load_experiment, say_section
+from state_esm_features.experiment import features_section, load_experiment, note_section
 from state_esm_features.files import Busy, run_lock, write_json
 from state_esm_features.option_groups import (
     COLUMNS,
@@ -103,11 +103,12 @@ from state_esm_features.training.run_dir import (
 from state_esm_features.training.stock import typed_settings
 
 
-def announce_ablation(manifest: Mapping[str, Any] | None) -> None:
+def announce_ablation(manifest: Mapping[str, Any] | None, notes: Notes) -> None:
     """Say before everything else that the features are not real."""
     ablation = (manifest or {}).get("ablation")
     if ablation:
-        log.warning("ABLATION: %s, seed %s: not real features", ablation["kind"], ablation["seed"])
+        how = f"{ablation['kind']}, seed {ablation['seed']}"
+        notes.always(f"ABLATION: {how}: not real features")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -132,66 +133,79 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(options: TrainOptions, from_command_line: bool) -> int:
+def run(options: TrainOptions, from_command_line: bool, notes: Notes) -> int:
     """From the TOML to a trained model."""
     experiment = load_experiment(options.data.config)
     unrepeatable = repeat_hash_seed(experiment, from_command_line)
     # only now: a fixed hash seed starts the script anew
     with tempfile.TemporaryDirectory(prefix="esm-features-") as place:
-        return plan_and_train(options, unrepeatable, from_command_line, Path(place))
+        return plan_and_train(options, unrepeatable, from_command_line, Path(place), notes)
 
 
 def plan_and_train(
-    options: TrainOptions, unrepeatable: str | None, from_command_line: bool, place: Path
+    options: TrainOptions,
+    unrepeatable: str | None,
+    from_command_line: bool,
+    place: Path,
+    notes: Notes,
 ) -> int:
     """In the order of the work; features that have to be made lie in `place` until it begins."""
-    config = options.data.config
-    model = typed_settings(options.overrides).get("model") or options.training.model or "state_sm"
-    name = options.run.name or f"{config.stem}_{model}"
-    run_dir = options.run.output_dir.absolute() / name
+    run_dir = run_dir_of(options)
     if follows(run_dir, options.overrides):
         return follow(run_dir)
     if not options.run.dry_run:
         refuse_if_held(run_dir)
     earlier = earlier_run(run_dir)
-    options = choose_features(options, earlier, run_dir)
+    options = choose_features(options, earlier, run_dir, notes)
     named = options.data.pert_features
     manifest = read_manifest(named) if named and named.is_file() else None
-    announce_ablation(manifest)
+    announce_ablation(manifest, notes)
     if unrepeatable:
-        warn(unrepeatable)
-    plan = make_plan(options, run_dir, earlier, manifest, place)
-    log.info("%s", describe(plan))
-    how = decide(plan, earlier, options.run)
+        notes.warn(unrepeatable)
+    notes.say()
+    plan = make_plan(options, run_dir, earlier, manifest, place, notes)
+    notes.line(describe(plan))
+    how = decide(plan, earlier, options.run, notes)
     if options.run.dry_run:
         once = "" if named else ", once its features are made"
-        log.info("dry run (%s): nothing written. The stock command for it%s:", how, once)
-        print(plan.stock_command())
-        return 0
-    if how == "up to date":
-        log.info("up to date: %s finished with the same inputs", run_dir)
-        print(run_dir)
-        return 0
-    one_launch(plan, from_command_line)
-    refuse_changed_files(plan)
-    with run_lock(run_dir, advice=OR_ANOTHER):
-        if earlier_run(run_dir) != earlier:
-            raise Busy(run_dir, None, OR_ANOTHER)
-        train_in(plan, earlier, how, options.command)
-    print(run_dir)
+        notes.line(f"dry run ({how}): nothing written. The stock command for it{once}:")
+    elif how == "up to date":
+        notes.line(f"up to date: {run_dir} finished with the same inputs")
+    else:
+        one_launch(plan, from_command_line)
+        refuse_changed_files(plan)
+        with run_lock(run_dir, advice=OR_ANOTHER):
+            if earlier_run(run_dir) != earlier:
+                raise Busy(run_dir, None, OR_ANOTHER)
+            train_in(plan, earlier, how, options.command, notes)
+    notes.say()
+    print(plan.stock_command() if options.run.dry_run else run_dir)
     return 0
 
 
+def run_dir_of(options: TrainOptions) -> Path:
+    """OUTPUT_DIR/NAME, absolute."""
+    model = typed_settings(options.overrides).get("model") or options.training.model or "state_sm"
+    name = options.run.name or f"{options.data.config.stem}_{model}"
+    return options.run.output_dir.absolute() / name
+
+
 def train_in(
-    plan: Plan, earlier: Mapping[str, Any] | None, how: str, command: Sequence[str]
+    plan: Plan,
+    earlier: Mapping[str, Any] | None,
+    how: str,
+    command: Sequence[str],
+    notes: Notes,
 ) -> None:
     """Copy the data if asked to, prepare the run directory, train, and keep the record."""
     refuse_hpc_checkpoint(plan.run_dir, how)
+    notes.say()
     if plan.fast:
         make_copies(plan.fast, plan.data.columns)
-    log.info("stock     %s", plan.stock_command())
-    record = start(plan, earlier, how, command)
-    log.info("training; what stock prints goes to %s", plan.run_dir / "train.log")
+    notes.line(f"stock     {plan.stock_command()}")
+    record = start(plan, earlier, how, command, notes)
+    notes.line(f"training; what stock prints goes to {plan.run_dir / 'train.log'}")
+    notes.say()
     state = Training(plan.run_dir, plan.stock["training"]["max_steps"])
     state.first = state.step = record["starts"][-1]["from_step"]
     try:
@@ -204,11 +218,11 @@ def train_in(
             else:
                 close_record(plan.run_dir, record, state)
         raise
-    finish(plan, record, state)
+    finish(plan, record, state, notes)
 
 
 def choose_features(
-    options: TrainOptions, earlier: Mapping[str, Any] | None, run_dir: Path
+    options: TrainOptions, earlier: Mapping[str, Any] | None, run_dir: Path, notes: Notes
 ) -> TrainOptions:
     """The options, once it is known whether features are named, kept, or to be made.
 
@@ -220,10 +234,10 @@ def choose_features(
     if options.run.resume and earlier and not (named or FEATURES.keys() & options.given.keys()):
         named = run_dir / OWN_FEATURES
     elif named and FEATURES.keys() & section.keys():
-        log.info("features  [features] of %s is not used: --pert-features", config)
+        notes.line(f"features  [features] of {config} is not used: --pert-features")
     if named:  # nothing is made, but columns and control may stand there
         section = {name: section[name] for name in COLUMNS if name in section}
-    say_section(section, config, options.given)
+    note_section(section, config, options.given, notes)
     given = first_given(options.given, section)
     chosen = TrainOptions.of(
         {**given, "pert_features": named}, overrides=options.overrides, command=options.command
@@ -259,7 +273,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # huge pages for the arrays of a batch, if torch is not loaded yet: a fifth less time a batch
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     start_log(quiet=False)
-    return exit_code(lambda: run(options, from_command_line=argv is None), STOP_SIGNALS)
+    notes = Notes()
+    return exit_code(lambda: run(options, argv is None, notes), STOP_SIGNALS, notes)
 
 
 if __name__ == "__main__":

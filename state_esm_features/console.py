@@ -92,8 +92,13 @@ def one_error(problems: Sequence[str]) -> InputError:
 
 
 def warn(message: str) -> None:
-    """Say something that does not stop the run."""
+    """Say at once, while work goes on, something that does not stop it."""
     log.warning("warning: %s", message)
+
+
+def announce(message: str, quiet_too: bool = False) -> None:
+    """Say at once, while work goes on, what it does: progress, downloads, waiting for a lock."""
+    log.log(logging.WARNING if quiet_too else logging.INFO, "%s", message)
 
 
 def start_log(quiet: bool) -> None:
@@ -136,13 +141,19 @@ def raise_if_stopped() -> None:
 
 
 def exit_code(
-    step: Callable[[], int], stop_signals: Sequence[signal.Signals] = (signal.SIGTERM,)
+    step: Callable[[], int],
+    stop_signals: Sequence[signal.Signals] = (signal.SIGTERM,),
+    notes: Notes | None = None,
 ) -> int:
-    """Run `step` and translate how it ended into the documented exit codes."""
+    """Run `step`, say the last of its notes, and translate how it ended into the exit codes."""
     _asked.clear()
     try:
-        with on_signals(raise_stopped, stop_signals):
-            return step()
+        try:
+            with on_signals(raise_stopped, stop_signals):
+                return step()
+        finally:
+            if notes:
+                notes.say()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.code
@@ -217,7 +228,32 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 @dataclass
-class Findings:
+class Notes:
+    """What parts found worth saying, in order; the scripts say it."""
+
+    noted: list[tuple[int, str]] = field(default_factory=list)
+
+    def line(self, text: str) -> None:
+        """Left out with --quiet."""
+        self.noted.append((logging.INFO, text))
+
+    def always(self, text: str) -> None:
+        """Said with --quiet too."""
+        self.noted.append((logging.WARNING, text))
+
+    def warn(self, text: str) -> None:
+        """What does not stop the run."""
+        self.always(f"warning: {text}")
+
+    def say(self) -> None:
+        """Say what was noted since the last time."""
+        for level, text in self.noted:
+            log.log(level, "%s", text)
+        self.noted.clear()
+
+
+@dataclass
+class Findings(Notes):
     """Everything the preflight found; problems stop the run, all together."""
 
     problems: list[str] = field(default_factory=list)
@@ -240,7 +276,8 @@ class Findings:
             All of them, each once.
         """
         for message in self.warnings:
-            warn(message)
+            self.warn(message)
+        self.say()
         if self.problems:
             raise one_error(list(dict.fromkeys(self.problems)))
 

@@ -16,7 +16,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from state_esm_features.console import InputError, count, did_you_mean, log, some, them, warn
+from state_esm_features.console import InputError, Notes, count, did_you_mean, some, them
 from state_esm_features.files import existing_file
 from state_esm_features.option_groups import IN_SECTION, SECTION
 from state_esm_features.options import as_words, left_to, read_table
@@ -89,11 +89,13 @@ def features_section(toml_path: Path | None) -> dict[str, Any]:
         raise InputError(f"{toml_path}: [{SECTION}] {error}") from error
 
 
-def say_section(section: Mapping[str, Any], toml_path: Path, firmer: Collection[str]) -> None:
+def note_section(
+    section: Mapping[str, Any], toml_path: Path, firmer: Collection[str], notes: Notes
+) -> None:
     """Options that stand in a file are said, as those on the command line can be seen."""
-    words = as_words(left_to(section, firmer), IN_SECTION)
+    words = shlex.join(as_words(left_to(section, firmer), IN_SECTION))
     if words:
-        log.info("features  options of [%s] in %s: %s", SECTION, toml_path, shlex.join(words))
+        notes.line(f"features  options of [{SECTION}] in {toml_path}: {words}")
 
 
 def experiment_problems(experiment: ExperimentConfig) -> list[str]:
@@ -299,11 +301,11 @@ def path_of_all(path: str, files: Sequence[Path]) -> str:
 
 
 def find_data_files(
-    experiment: ExperimentConfig, toml_path: Path
+    experiment: ExperimentConfig, toml_path: Path, notes: Notes
 ) -> tuple[dict[str, list[Path]], list[str]]:
     """Files of every dataset used by a TOML, and what is wrong with its paths.
 
-    What the TOML or its paths seem to mean and nothing reads is said here, once a run.
+    What the TOML or its paths seem to mean and nothing reads is noted.
 
     Returns
     -------
@@ -316,13 +318,13 @@ def find_data_files(
     import toml
 
     for text in unread_parts(toml.loads(toml_path.read_text(encoding="utf-8"))):
-        warn(f"{toml_path}: {text}")
+        notes.warn(f"{toml_path}: {text}")
     files: dict[str, list[Path]] = {}
     problems = []
     used = experiment.get_all_datasets()
     for name, path in experiment.datasets.items():
         if name not in used:
-            warn(
+            notes.warn(
                 f"dataset {name!r} is in [datasets] but not in [training], [zeroshot] or "
                 "[fewshot]: not read"
             )
@@ -334,10 +336,12 @@ def find_data_files(
             continue
         for branch in expand_braces(path):
             if files[name] and not dataset_files(branch):
-                warn(f"dataset {name!r}: {branch} matches no file; cell-load goes on without it")
+                notes.warn(
+                    f"dataset {name!r}: {branch} matches no file; cell-load goes on without it"
+                )
         hidden = sorted({*dataset_files(path)} - {*files[name]})
         if hidden:
-            warn(
+            notes.warn(
                 f"dataset {name!r}: cell-load keeps one file per name and does not read "
                 f"{some(map(str, hidden))}; rename {them(len(hidden))}"
             )
@@ -346,7 +350,7 @@ def find_data_files(
     read = {f.resolve() for found in files.values() for f in found}
     for name in files:
         for text in _files_passed_over(experiment.datasets[name], files[name], read):
-            warn(f"dataset {name!r}: {text}")
+            notes.warn(f"dataset {name!r}: {text}")
     return files, problems
 
 
@@ -430,7 +434,7 @@ def leave_out(odd: Sequence[Path], by_dataset: Mapping[str, Sequence[Path]]) -> 
     )
 
 
-def absolute_paths(experiment: ExperimentConfig) -> dict[str, str]:
+def absolute_paths(experiment: ExperimentConfig, notes: Notes) -> dict[str, str]:
     """{dataset: absolute path}, so that the run works from any folder."""
     datasets = {}
     for name, path in experiment.datasets.items():
@@ -440,7 +444,9 @@ def absolute_paths(experiment: ExperimentConfig) -> dict[str, str]:
         ]
         datasets[name] = whole if same else path
         if not same:  # hidden files and ** mean other things in absolute patterns
-            warn(f"the run keeps the relative path {path}: run state tx predict from {Path.cwd()}")
+            notes.warn(
+                f"the run keeps the relative path {path}: run state tx predict from {Path.cwd()}"
+            )
     return datasets
 
 

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from state_esm_features.console import InputError, _line, log, out_of_memory
+from state_esm_features.console import InputError, _line, announce, out_of_memory
 
 
 def sha256_of(path: Path) -> str:
@@ -161,7 +161,7 @@ def run_lock(
         busy = Busy(run_dir, read_json(path), advice)
         if not seconds:
             raise busy from None
-        log.info("waiting for at most %g s: %s", seconds, busy)
+        announce(f"waiting for at most {seconds:g} s: {busy}")
         try:
             held = lock.acquire(timeout=seconds)
         except Timeout:

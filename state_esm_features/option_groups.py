@@ -238,6 +238,10 @@ class AblationOptions:
         42, names=("--ablation-seed", "--seed"), type=int, metavar="N", help="(default: 42)"
     )
 
+    def record(self) -> dict[str, Any] | None:
+        """What the manifest says of it; None for real vectors."""
+        return {"kind": self.ablation, "seed": self.ablation_seed} if self.ablation else None
+
 
 @dataclass(frozen=True)
 class OutputOptions:

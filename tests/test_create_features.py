@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 from create_esm_pert_features import build_parser
 from state_esm_features import __version__
-from state_esm_features.console import InputError
+from state_esm_features.console import InputError, Notes
 from state_esm_features.embedding.features_file import read_manifest
 from state_esm_features.embedding.tables import load_table
 from state_esm_features.embedding.vectors import shuffle_vectors
@@ -544,6 +544,7 @@ def test_the_manifest_says_where_every_vector_comes_from(project: Path, create: 
         },
         "command": list(arguments),
         "control": CONTROL,
+        "pert_col": "target_gene",
         "width": 8,
         "features_sha256": sha256["o.pt"],
         "inputs": [
@@ -652,7 +653,10 @@ def test_a_dry_run_fails_where_the_run_would(
         (("--all", *IN_TABLE, *OUT), "unrecognized arguments: --all"),
         (("--gene", "g.txt", *IN_TABLE, *OUT), "unrecognized arguments: --gene g.txt"),
         (("--all-genes", "--out", "o.pt"), "unrecognized arguments: --out o.pt"),
-        (("--all-genes", *OUT, "--seed", "x"), "argument --seed: invalid int value: 'x'"),
+        (
+            ("--all-genes", *OUT, "--seed", "x"),
+            "argument --ablation-seed/--seed: invalid int value: 'x'",
+        ),
     ],
 )
 def test_wrong_usage_exits_2(
@@ -967,7 +971,7 @@ def test_vectors_are_those_of_torch_load_whatever_the_layout(tmp_path: Path, lay
     table["nan"] = torch.full((7,), torch.nan, dtype=rows.dtype)
     zipped = {"_use_new_zipfile_serialization": layout != "legacy"}
     torch.save(table, tmp_path / "table.pt", **zipped)
-    opened = load_table(tmp_path / "table.pt")
+    opened = load_table(tmp_path / "table.pt", Notes())
     assert (opened.file is None) == (layout == "legacy")
     for gene, vector in table.items():
         assert torch.equal(opened[gene].nan_to_num(9), vector.float().nan_to_num(9)), gene
@@ -975,7 +979,7 @@ def test_vectors_are_those_of_torch_load_whatever_the_layout(tmp_path: Path, lay
 
 def test_a_table_replaced_while_it_is_open_is_still_the_old_one(tmp_path: Path) -> None:
     torch.save({"A": torch.ones(3), "B": torch.zeros(3)}, tmp_path / "table.pt")
-    opened = load_table(tmp_path / "table.pt")
+    opened = load_table(tmp_path / "table.pt", Notes())
     torch.save({"A": -torch.ones(3), "B": torch.zeros(3)}, tmp_path / "new.pt")
     (tmp_path / "new.pt").replace(tmp_path / "table.pt")
     assert opened["A"].tolist() == [1.0, 1.0, 1.0]

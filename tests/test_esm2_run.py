@@ -32,6 +32,7 @@ from hypothesis import strategies as st
 from random_esm2 import write_checkpoint
 
 import create_esm_pert_features as script
+from state_esm_features.console import Notes
 from state_esm_features.embedding import downloads
 from state_esm_features.embedding import vectors as vectors_module
 from state_esm_features.embedding.cache import network_file_system
@@ -110,7 +111,7 @@ def parse(tmp_path: Path) -> Callable[..., Proteins]:
         for i, content in enumerate(contents):
             paths.append(tmp_path / f"{i}.fasta")
             paths[-1].write_bytes(content.encode() if isinstance(content, str) else content)
-        return load_proteins(paths, SequenceOptions())
+        return load_proteins(paths, SequenceOptions(), Notes())
 
     return load
 
@@ -314,7 +315,7 @@ def test_what_is_written_as_fasta_is_read_back(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "p.fasta"
         path.write_bytes(text.encode())
-        proteins = load_proteins([path], SequenceOptions())
+        proteins = load_proteins([path], SequenceOptions(), Notes())
     assert sequences_of(proteins) == expected
     assert list(proteins.symbols) == list(expected)
     assert proteins.left_out == {}

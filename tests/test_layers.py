@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import io
+import re
 import tokenize
 from collections.abc import Iterator, Mapping
 
@@ -125,6 +126,60 @@ def long_functions(modules: Mapping[str, str]) -> list[str]:
                 if lines > FUNCTION_LINES:
                     wrong.append(f"{name}.{node.name}: {lines} lines")
     return wrong
+
+
+SPEAKERS = {
+    *("files", "embedding.downloads", "embedding.cache", "embedding.embed"),
+    *("training.fast_copies", "training.checkpoints", "training.loop"),
+}
+"""Modules that speak while they work, through `console`: progress, downloads, waiting, damage."""
+
+
+def who_speaks(modules: Mapping[str, str]) -> list[str]:
+    """Modules that print, log, or say at once what they could return or note."""
+    wrong = []
+    for name, source in modules.items():
+        if name in (*SCRIPTS, "console"):
+            continue
+        for node in ast.walk(ast.parse(source)):
+            called = node.func if isinstance(node, ast.Call) else None
+            said = getattr(called, "id", "")
+            taken = [alias.name for alias in getattr(node, "names", ())]
+            if said == "print" or {"log", "logging"} & {*taken}:
+                wrong.append(f"{name} prints or logs")
+            if said in ("announce", "warn") and name not in SPEAKERS:
+                wrong.append(f"{name} speaks while it works")
+            if isinstance(called, ast.Attribute) and ast.unparse(called) == "notes.say":
+                wrong.append(f"{name} says notes")
+    return wrong
+
+
+def test_parts_return_or_note_and_scripts_say() -> None:
+    assert who_speaks(sources()) == []
+
+
+def test_no_function_is_long() -> None:
+    assert long_functions(sources()) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "said"),
+    [
+        ("h5ad", "print(1)", "h5ad prints or logs"),
+        ("files", "from state_esm_features.console import log", "files prints or logs"),
+        ("h5ad", "import logging", "h5ad prints or logs"),
+        ("h5ad", "announce('x')", "h5ad speaks while it works"),
+        ("embedding.labels", "notes.say()", "embedding.labels says notes"),
+    ],
+)
+def test_a_part_that_speaks_is_seen(module: str, source: str, said: str) -> None:
+    assert who_speaks({module: source}) == [said]
+    assert who_speaks({"files": "announce('x')", SCRIPTS[0]: "print(1)"}) == []
+
+
+def test_no_private_operator_of_torch_is_used() -> None:
+    """They have refused CPUs without AVX-512."""
+    assert not [name for name, text in sources().items() if re.search(r"torch\.(?:ops|_C)\b", text)]
 
 
 def test_every_module_has_its_floor() -> None:

@@ -52,7 +52,7 @@ from test_train_run import (
 )
 
 import train_with_esm_features as script
-from state_esm_features.console import InputError, start_log
+from state_esm_features.console import InputError, Notes, start_log
 from state_esm_features.embedding.features_file import read_manifest
 from state_esm_features.option_groups import LAYOUTS
 from state_esm_features.training import fast_copies
@@ -147,7 +147,7 @@ def plan(folder: Path, words: tuple[str, ...]) -> Callable[..., Plan]:
         options = script.parse([*words, *TINY, *map(str, arguments)])
         manifest = read_manifest(options.data.pert_features)
         place = options.run.output_dir.absolute() / options.run.name
-        return make_plan(options, place, None, manifest, Path())
+        return make_plan(options, place, None, manifest, Path(), Notes())
 
     return of
 
@@ -161,7 +161,7 @@ def copied(plan: Callable[..., Plan]) -> Callable[..., Plan]:
         assert made.fast is not None
         start_log(quiet=False)
         make_copies(made.fast, made.data.columns)
-        Path(COPIES).write_text(toml_of_run(made))
+        Path(COPIES).write_text(toml_of_run(made, Notes()))
         return made
 
     return write

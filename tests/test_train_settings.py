@@ -19,7 +19,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import train_with_esm_features as script
-from state_esm_features.console import InputError
+from state_esm_features.console import InputError, Notes
 from state_esm_features.experiment import absolute_paths, dataset_files, load_experiment, toml_text
 from state_esm_features.training import plan as plan_module
 from state_esm_features.training.plan import make_plan
@@ -411,7 +411,7 @@ def test_printed_command_gives_the_configuration_of_the_plan(ready: Path) -> Non
 
     flags = ("--seed", "3", "--max-steps", "7", "--wandb-project", "p q", "--wandb-tags", "a,b c")
     options = script.parse([*FILES, *flags, "training.lr=0.5"])
-    plan = make_plan(options, ready / "elsewhere" / "my run", None, None, Path())
+    plan = make_plan(options, ready / "elsewhere" / "my run", None, None, Path(), Notes())
     words = shlex.split(plan.stock_command())
     theirs = OmegaConf.to_container(
         load_hydra_config("tx", words[words.index("train") + 1 :]), resolve=True
@@ -713,7 +713,7 @@ def test_toml_of_a_run_names_the_same_files_from_any_folder(
         for name, path in experiment.datasets.items()
     }
     assert [len(files) for files in expected.values()] == [1, 2, 2, 1, 1]
-    (ready / "copy.toml").write_text(toml_text(experiment, absolute_paths(experiment)))
+    (ready / "copy.toml").write_text(toml_text(experiment, absolute_paths(experiment, Notes())))
     (ready / "far").mkdir()
     monkeypatch.chdir(ready / "far")
     copy = load_experiment(ready / "copy.toml")

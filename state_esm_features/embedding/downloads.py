@@ -9,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-from state_esm_features.console import InputError, _line, log
+from state_esm_features.console import InputError, _line, announce
 from state_esm_features.files import existing_file, sha256_of
 from state_esm_features.option_groups import (
     ARC_BYTES,
@@ -35,10 +35,11 @@ def arc_table_path(dry_run: bool) -> Path | None:
     cached = huggingface_hub.try_to_load_from_cache(ARC_REPOSITORY, ARC_FILE)
     if not isinstance(cached, str):
         verb = "would download" if dry_run else "downloading"
-        log.warning(
-            "%s %s of %s (%.0f MB) into %s. The repository is under the Arc Institute's "
-            "non-commercial licence. --esm-embeddings FILE avoids the download",
-            *(verb, ARC_FILE, ARC_REPOSITORY, ARC_BYTES / 1e6, HF_HUB_CACHE),
+        announce(
+            f"{verb} {ARC_FILE} of {ARC_REPOSITORY} ({ARC_BYTES / 1e6:.0f} MB) into "
+            f"{HF_HUB_CACHE}. The repository is under the Arc Institute's non-commercial licence. "
+            "--esm-embeddings FILE avoids the download",
+            quiet_too=True,
         )
         if dry_run:
             return None
@@ -100,7 +101,9 @@ def weights_path(model: str, dry_run: bool) -> Path | None:
     if not dry_run:
         _download_weights(ESM2_URL.format(model), path)
         return path
-    log.warning("would download %s.pt into %s; --esm-model FILE avoids it", model, path.parent)
+    announce(
+        f"would download {model}.pt into {path.parent}; --esm-model FILE avoids it", quiet_too=True
+    )
     return None
 
 
@@ -116,9 +119,10 @@ def _download_weights(url: str, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=60) as r:
             size = int(r.headers["Content-Length"])
-        log.warning(
-            "downloading %s (%.0f MB) into %s; --esm-model FILE avoids it",
-            *(path.name, size / 1e6, path.parent),
+        announce(
+            f"downloading {path.name} ({size / 1e6:.0f} MB) into {path.parent}; --esm-model FILE "
+            "avoids it",
+            quiet_too=True,
         )
         torch.hub.download_url_to_file(url, str(part), progress=sys.stderr.isatty())
         if part.stat().st_size != size:

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from state_esm_features.console import InputError, _line, count, some, warn
+from state_esm_features.console import InputError, Notes, _line, count, some
 from state_esm_features.embedding.gene_names import without_version
 from state_esm_features.files import begins_with, existing_file, sha256_of
 from state_esm_features.option_groups import STRIDE, WINDOW, SequenceOptions
@@ -190,7 +190,7 @@ def read_fasta(path: Path) -> Iterator[tuple[str, str]]:
         ) from error
 
 
-def load_proteins(paths: Sequence[Path], options: SequenceOptions) -> Proteins:
+def load_proteins(paths: Sequence[Path], options: SequenceOptions, notes: Notes) -> Proteins:
     """Read every --fasta.
 
     Raises
@@ -220,7 +220,7 @@ def load_proteins(paths: Sequence[Path], options: SequenceOptions) -> Proteins:
                 f"{message}. Headers must name the gene: GN=SYMBOL, gene_symbol:SYMBOL, "
                 "[gene=SYMBOL] or the symbol alone"
             )
-        warn(message)
+        notes.warn(message)
     return proteins
 
 

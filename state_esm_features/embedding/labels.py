@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from state_esm_features.console import (
     InputError,
+    Notes,
     count,
     did_you_mean,
-    log,
     one_error,
     shown,
     some,
     them,
-    warn,
 )
 from state_esm_features.embedding.resolve import CONTROL_GUIDES, CONTROL_NAMES, letters
 from state_esm_features.experiment import (
@@ -184,7 +183,11 @@ def label_column(paths: Sequence[Path], pert_col: str | None) -> str:
 
 
 def labels_of_files(
-    paths: Sequence[Path], column: str, control: str | None, advice: str = NAME_CONTROL
+    paths: Sequence[Path],
+    column: str,
+    control: str | None,
+    notes: Notes,
+    advice: str = NAME_CONTROL,
 ) -> dict[Path, list[str]]:
     """Labels of each file, all read from one column.
 
@@ -199,17 +202,17 @@ def labels_of_files(
         if control is not None:
             require_control(control, labels[path], path, column, advice)
     for problem in storage_problems(unreadable) if control is not None else ():
-        warn(problem)
+        notes.warn(problem)
     return labels
 
 
-def add_toml_labels(labels: Labels, toml_path: Path, pert_col: str | None) -> None:
+def add_toml_labels(labels: Labels, toml_path: Path, pert_col: str | None, notes: Notes) -> None:
     """Add every label that cell-load would read for a TOML, and those that [fewshot] names."""
     experiment = load_experiment(toml_path)
     problems = experiment_problems(experiment)
     if problems:
         raise one_error([f"{toml_path}: {p}" for p in problems])
-    by_dataset, problems = find_data_files(experiment, toml_path)
+    by_dataset, problems = find_data_files(experiment, toml_path, notes)
     if problems:
         raise one_error(problems)
     files = list(dict.fromkeys(f for found in by_dataset.values() for f in found))
@@ -220,10 +223,10 @@ def add_toml_labels(labels: Labels, toml_path: Path, pert_col: str | None) -> No
     except LacksColumn as error:
         raise InputError(f"{error}{leave_out(error.files, by_dataset)}") from error
     advice = "Give its control cells that label, as in the run" if labels.for_run else NAME_CONTROL
-    in_files = labels_of_files(files, column, labels.control, advice)
+    in_files = labels_of_files(files, column, labels.control, notes, advice)
     add_labels_found(labels, in_files, column, experiment, toml_path)
     if labels.fewshot_only:
-        warn(names_of_no_file(labels.fewshot_only, {x for f in in_files.values() for x in f}))
+        notes.warn(names_of_no_file(labels.fewshot_only, {x for f in in_files.values() for x in f}))
 
 
 def add_labels_found(
@@ -255,7 +258,7 @@ def names_of_no_file(names: Sequence[str], known: Collection[str]) -> str:
     )
 
 
-def read_gene_list(path: Path, pert_col: str | None) -> list[str]:
+def read_gene_list(path: Path, pert_col: str | None, notes: Notes) -> list[str]:
     """Labels of a gene list: .txt one a line (# starts a comment), or a column of .csv/.tsv.
 
     Windows line ends, a byte-order mark, blank lines and duplicates do no harm.
@@ -277,7 +280,7 @@ def read_gene_list(path: Path, pert_col: str | None) -> list[str]:
         raise InputError(f"gene list {path} is empty; put one label on each line")
     repeated = len(genes) - len(set(genes))
     if repeated:
-        log.info("%s: %s left out", path, count(repeated, "repeated label"))
+        notes.line(f"{path}: {count(repeated, 'repeated label')} left out")
     return genes
 
 
@@ -294,19 +297,19 @@ def _gene_list_column(path: Path, header: list[str], pert_col: str | None) -> st
     )
 
 
-def collect_labels(options: LabelOptions, for_run: bool = False) -> Labels:
+def collect_labels(options: LabelOptions, notes: Notes, for_run: bool = False) -> Labels:
     """Every label that is asked for, but for --all-genes."""
     labels = Labels(control=options.control_pert, for_run=for_run)
     if options.from_toml:
-        add_toml_labels(labels, options.from_toml, options.pert_col)
+        add_toml_labels(labels, options.from_toml, options.pert_col, notes)
     if options.adata:
         column = label_column(options.adata, options.pert_col)
-        for path, found in labels_of_files(options.adata, column, None).items():
+        for path, found in labels_of_files(options.adata, column, None, notes).items():
             labels.columns[str(path)] = column
             labels.add(found, **data_file_origin(path))
     for path in options.gene_list:
         labels.add(
-            read_gene_list(path, options.pert_col),
+            read_gene_list(path, options.pert_col, notes),
             path=str(path),
             kind="gene-list",
             sha256=sha256_of(path),

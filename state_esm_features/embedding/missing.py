@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from state_esm_features.console import InputError, count, have, shown, some, them, warn
+from state_esm_features.console import InputError, count, have, shown, some, them
 from state_esm_features.embedding.gene_names import LOOSER
 from state_esm_features.embedding.labels import Labels, plain_regex, relabelling
 from state_esm_features.embedding.resolve import (
@@ -240,7 +240,7 @@ def check_missing(
     names = some(r.label for r in missing)
     if policy != "error":
         filling = "the mean vector" if policy == "mean" else "zeros, as if they were control"
-        warn(
+        resolver.notes.warn(
             f"{len(missing):,} of {count(total, 'label')} missing, or a part of them ({names}): "
             f"filled with {filling}"
         )

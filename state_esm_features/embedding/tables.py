@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from state_esm_features.console import InputError, _line, count, log, some
+from state_esm_features.console import InputError, Notes, _line, count, some
 from state_esm_features.embedding.downloads import arc_table_path
 from state_esm_features.files import existing_file, read_torch, sha256_of
 from state_esm_features.option_groups import SourceOptions
@@ -85,7 +85,7 @@ class Table:
         return vector.reshape(-1).to(torch.float32, copy=True)
 
 
-def load_table(path: Path) -> Table:
+def load_table(path: Path, notes: Notes) -> Table:
     """Open a table without executing anything in it and without reading its vectors.
 
     Parameters
@@ -123,7 +123,7 @@ def load_table(path: Path) -> Table:
     if len(widths) > 1 or 0 in widths:
         seen = some(f"{w} ({gene!r})" for w, gene in widths.items())
         raise InputError(f"{path}: vectors of different widths: {seen}; one table, one width")
-    _check_dtypes(path, content)
+    _check_dtypes(path, content, notes)
     return Table(path, content, next(iter(widths)), *_place_in_file(path, content))
 
 
@@ -202,7 +202,7 @@ def _read_npz(path: Path) -> dict[str, torch.Tensor]:
     return table
 
 
-def _check_dtypes(path: Path, content: Mapping[str, torch.Tensor]) -> None:
+def _check_dtypes(path: Path, content: Mapping[str, torch.Tensor], notes: Notes) -> None:
     """Say what is converted to float32 (width,); refuse what is no real number."""
     import torch
 
@@ -210,16 +210,16 @@ def _check_dtypes(path: Path, content: Mapping[str, torch.Tensor]) -> None:
     if any(v.dtype.is_complex or v.dtype == torch.bool for v in content.values()):
         raise InputError(f"{path}: {', '.join(sorted(dtypes))} values are no embeddings")
     if dtypes != {"float32"}:
-        log.info("%s: %s values are converted to float32", path, " and ".join(sorted(dtypes)))
+        notes.line(f"{path}: {' and '.join(sorted(dtypes))} values are converted to float32")
     rows = sum(v.dim() == 2 for v in content.values())
     if rows:
-        log.info("%s: %s of shape (1, width) flattened", path, count(rows, "row"))
+        notes.line(f"{path}: {count(rows, 'row')} of shape (1, width) flattened")
 
 
-def open_tables(options: SourceOptions, dry_run: bool) -> list[Table]:
+def open_tables(options: SourceOptions, dry_run: bool, notes: Notes) -> list[Table]:
     """The tables of --esm-embeddings, all of one width; Arc's if there is no source at all."""
     paths = options.esm_embeddings or ([] if options.fasta else [arc_table_path(dry_run)])
-    tables = [load_table(path) for path in paths if path is not None]
+    tables = [load_table(path, notes) for path in paths if path is not None]
     for table in tables[1:]:
         if table.width != tables[0].width:
             raise InputError(

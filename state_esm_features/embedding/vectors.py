@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from state_esm_features.console import InputError, count, some, warn
+from state_esm_features.console import InputError, Notes, count, some
 from state_esm_features.embedding.embed import embed_genes
 from state_esm_features.embedding.esm2 import Checkpoint
 from state_esm_features.embedding.resolve import Resolution, Source
@@ -180,14 +180,14 @@ def identical(vectors: Mapping[str, torch.Tensor]) -> list[list[str]]:
     return [group for group in groups.values() if len(group) > 1]
 
 
-def warn_of_identical(
-    vectors: Mapping[str, torch.Tensor], new: Collection[str] | None = None
+def note_identical(
+    vectors: Mapping[str, torch.Tensor], notes: Notes, new: Collection[str] | None = None
 ) -> None:
-    """Say which labels State cannot tell apart; of groups with a `new` one only, if given."""
+    """Note which labels State cannot tell apart; of groups with a `new` one only, if given."""
     same = [g for g in identical(vectors) if new is None or not set(g).isdisjoint(new)]
     if same:
         listed = some((" = ".join(group) for group in same), 3)
-        warn(f"State cannot tell labels with the same vector apart: {listed}")
+        notes.warn(f"State cannot tell labels with the same vector apart: {listed}")
 
 
 def nearest(

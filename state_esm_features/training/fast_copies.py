@@ -19,8 +19,8 @@ from state_esm_features.console import (
     Bar,
     InputError,
     Stopped,
+    announce,
     count,
-    log,
     on_signals,
     some,
 )
@@ -96,9 +96,9 @@ def make_copies(fast: FastLoading, columns: Columns) -> None:
     if not missing:
         return
     total = sum(c.size for c in missing)
-    log.info(
-        "rewriting %s of data for fast loading (%s, %.1f GB) into %s",
-        *(count(len(missing), "file"), fast.layout, total / 1e9, fast.folder),
+    announce(
+        f"rewriting {count(len(missing), 'file')} of data for fast loading ({fast.layout}, "
+        f"{total / 1e9:.1f} GB) into {fast.folder}"
     )
     start, bar = time.monotonic(), Bar(total, "rewriting", "B", scale=True)
     asked: list[int] = []
@@ -112,7 +112,7 @@ def make_copies(fast: FastLoading, columns: Columns) -> None:
     with on_signals(lambda signum, frame: asked.append(signum), STOP_SIGNALS):
         _write_missing(missing, fast.layout, columns, advance)
     bar.close()
-    log.info("rewrote %s in %.0f s", count(len(missing), "file"), time.monotonic() - start)
+    announce(f"rewrote {count(len(missing), 'file')} in {time.monotonic() - start:.0f} s")
 
 
 def _write_missing(
@@ -131,7 +131,7 @@ def _write_missing(
                     held = lock.acquire(timeout=1 if said else 0)
                 except Timeout:
                     if not said:
-                        log.info("another process is rewriting %s: waiting for it", copy.source)
+                        announce(f"another process is rewriting {copy.source}: waiting for it")
                     said = True
                     advance(0)
             with held:
@@ -155,9 +155,9 @@ def _say_older_copies(copy: FastCopy) -> None:
         and made_of["mtime_ns"] != copy.made_of["mtime_ns"]
     ]
     if older:
-        log.info(
-            "%s changed: copies of what it was stay in %s; delete them when no run reads them",
-            *(copy.source, some(map(str, older))),
+        announce(
+            f"{copy.source} changed: copies of what it was stay in {some(map(str, older))}; delete "
+            "them when no run reads them"
         )
 
 

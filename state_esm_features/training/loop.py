@@ -22,7 +22,7 @@ from state_esm_features.console import (
     Bar,
     InputError,
     Stopped,
-    log,
+    announce,
     raise_if_stopped,
     some,
 )
@@ -115,7 +115,7 @@ def take_signals(state: Training, trainer: Any, *_: Any) -> None:
         if state.fetching is not None and waits_for_others:
             state.sound = True
             raise Stopped(signum)
-        log.info("%s: stopping after this step", Stopped(signum))
+        announce(f"{Stopped(signum)}: stopping after this step")
 
     for number in STOP_SIGNALS:
         signal.signal(number, stop)
@@ -222,7 +222,7 @@ def on_exception(state: Training, trainer: Any, module: Any, exception: BaseExce
     if not (isinstance(exception, Stopped) and state.sound and state.step > state.first):
         return
     trainer.save_checkpoint(state.last_checkpoint)
-    log.info("saved step %s in %s; --resume goes on", f"{state.step:,}", state.last_checkpoint)
+    announce(f"saved step {state.step:,} in {state.last_checkpoint}; --resume goes on")
 
 
 READ_BEFORE: dict[str, str] = {}

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from state_esm_features.console import InputError, log, short, some, warn
+from state_esm_features.console import InputError, Notes, short, some
 from state_esm_features.embedding.embed import choose_recipe
 from state_esm_features.embedding.features import Resolved, resolve_labels
 from state_esm_features.embedding.features_file import manifest_path, trained_sha256, write_features
@@ -18,8 +18,8 @@ from state_esm_features.embedding.report import summary
 from state_esm_features.embedding.vectors import (
     build_features,
     identical,
+    note_identical,
     read_vectors,
-    warn_of_identical,
     with_vectors,
 )
 from state_esm_features.files import keep, run_lock, sha256_of, staged
@@ -35,7 +35,11 @@ WAIT_SECONDS = 60
 
 
 def check_same_model(
-    resolved: Resolved, run: TrainedRun, manifest: Mapping[str, Any], options: FeatureOptions
+    resolved: Resolved,
+    run: TrainedRun,
+    manifest: Mapping[str, Any],
+    options: FeatureOptions,
+    notes: Notes,
 ) -> None:
     """Refuse vectors that are not of the kind that the run was trained on.
 
@@ -78,14 +82,18 @@ def check_same_model(
             "vectors of another model would mean nothing to it. Leave the options of the model out"
         )
     if not recipes:
-        warn(
+        notes.warn(
             f"nothing tells whether {tables[0]['path']} was computed with "
             f"{options.sequences.esm_model}: the new vectors are comparable only if it was"
         )
 
 
 def add_to_run(
-    run: TrainedRun, labels: Labels, options: FeatureOptions, command: Sequence[str]
+    run: TrainedRun,
+    labels: Labels,
+    options: FeatureOptions,
+    command: Sequence[str],
+    notes: Notes,
 ) -> list[str]:
     """Give a run the vectors of labels that it does not know, by the rules of its own features.
 
@@ -103,16 +111,16 @@ def add_to_run(
     new = [x for x in labels.names if x not in known]
     if new:
         labels.names = dict.fromkeys(new)
-        resolved = resolve_labels(labels, options)
+        resolved = resolve_labels(labels, options, notes)
         assert resolved is not None  # only a dry run has no source
-        check_same_model(resolved, run, manifest, options)
+        check_same_model(resolved, run, manifest, options, notes)
         found = new_vectors(resolved, run, manifest, options)
         others = {x: v for x, v in known.items() if x not in {run.control, *manifest["missing"]}}
-        warn_of_identical(others | with_vectors(resolved.resolutions, found), new)
+        note_identical(others | with_vectors(resolved.resolutions, found), notes, new)
         missing = options.policy.missing
-        log.info("%s", summary(resolved.resolutions, labels, resolved.resolver, missing, found))
+        notes.line(summary(resolved.resolutions, labels, resolved.resolver, missing, found))
     with run_lock(run.folder, "adding labels to", WAIT_SECONDS):
-        return write_into_run(run, found, resolved, options, command)
+        return write_into_run(run, found, resolved, options, command, notes)
 
 
 def new_vectors(
@@ -140,6 +148,7 @@ def write_into_run(
     resolved: Resolved | None,
     options: FeatureOptions,
     command: Sequence[str],
+    notes: Notes,
 ) -> list[str]:
     """Extend the run's features and its map by what they do not hold now; returns these labels."""
     import torch
@@ -152,16 +161,17 @@ def write_into_run(
     if not missing:
         return []
     with staged(run.map_path, lambda f: torch.save({**in_map, **missing}, f)):
-        log.info("the map of before is kept as %s", keep(run.map_path))
+        notes.line(f"the map of before is kept as {keep(run.map_path)}")
         if new and resolved:
             before = run.manifest()
-            described = resolved.manifest(features, "", options, command)
+            described = resolved.manifest(features, options, command, None, "")
             keep(run.features)
             keep(manifest_path(run.features))
             write_features(
                 run.features,
                 features,
                 lambda sha256: extended_manifest(before, described, list(new), features, sha256),
+                notes,
             )
     return list(missing)
 

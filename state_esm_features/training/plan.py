@@ -9,15 +9,19 @@ import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from state_esm_features.console import Findings, count, log
+from state_esm_features.console import Findings, Notes, count
 from state_esm_features.embedding.features import resolve_labels
 from state_esm_features.embedding.features_file import read_manifest, write_features
 from state_esm_features.embedding.labels import Labels, add_labels_found
 from state_esm_features.embedding.report import summary
-from state_esm_features.embedding.vectors import warn_of_identical, with_vectors
+from state_esm_features.embedding.vectors import (
+    note_identical,
+    with_vectors,
+)
 from state_esm_features.files import existing_file
 from state_esm_features.h5ad import storage_problems
 from state_esm_features.option_groups import (
@@ -119,7 +123,7 @@ def make_features(
     words = ["--from-toml", options.data.config, "--pert-col", data.columns.pert]
     words += ["--control-pert", data.columns.control, *as_words(without_defaults(wanted), FEATURES)]
     command = [str(w) for w in words]  # of create_esm_pert_features.py
-    resolved = resolve_labels(labels, wanted, options.run.dry_run)
+    resolved = resolve_labels(labels, wanted, found, options.run.dry_run)
     before = earlier["identity"]["features"]["sha256"] if earlier else None
     unknown = {"sha256": before, "width": 0, "labels": len(labels.names), "ablation": None}
     if resolved is None:
@@ -127,16 +131,16 @@ def make_features(
     resolver, resolutions = resolved.resolver, resolved.resolutions
     missing = wanted.policy.missing
     if found.problems or (options.run.dry_run and resolved.to_embed):
-        log.info("%s", summary(resolutions, labels, resolver, missing))
+        found.line(summary(resolutions, labels, resolver, missing))
         if resolved.to_embed:
-            log.info("%s to compute before the training", count(len(resolved.to_embed), "gene"))
+            found.line(f"{count(len(resolved.to_embed), 'gene')} to compute before the training")
         return None, {**unknown, "width": resolved.width(wanted.sequences.esm_model) or 0}
     features, _ = resolved.features(wanted)
-    warn_of_identical(with_vectors(resolutions, features))
-    log.info("%s", summary(resolutions, labels, resolver, missing, features))
+    note_identical(with_vectors(resolutions, features), found)
+    found.line(summary(resolutions, labels, resolver, missing, features))
     path = place / OWN_FEATURES
     write_features(
-        path, features, lambda sha256: resolved.manifest(features, sha256, wanted, command)
+        path, features, partial(resolved.manifest, features, wanted, command, None), found
     )
     checked = Findings()  # its warnings were said in other words
     about = check_features(path, read_manifest(path), data, checked)
@@ -290,10 +294,10 @@ def checked_stock(settings: Mapping[str, Any], typed: Sequence[str]) -> dict[str
     return stock
 
 
-def check_start(model: Mapping[str, Any], found: Findings) -> None:
+def check_start(model: Mapping[str, Any], resumed: Mapping[str, Any], found: Findings) -> None:
     """Note if the checkpoint is not there from which a new run of the model starts."""
     with found.collect():
-        if model.get("init_from"):
+        if model.get("init_from") and not resumed:
             checkpoint = "checkpoint to start from (model.kwargs.init_from)"
             existing_file(model["init_from"], checkpoint)
 
@@ -359,6 +363,7 @@ def make_plan(
     earlier: Mapping[str, Any] | None,
     manifest: Mapping[str, Any] | None,
     place: Path,
+    notes: Notes,
 ) -> Plan:
     """Check everything and decide everything; nothing is written but features into `place`.
 
@@ -376,15 +381,14 @@ def make_plan(
     InputError
         All problems found, in one.
     """
-    found = Findings()
+    found = Findings(notes.noted)
     settings, typed = choose_settings(options, earlier)
     asked = settings | typed_settings(typed)
     stock = checked_stock(settings, typed)
     resumed = (earlier or {}) if options.run.resume else {}
     interval, fast = step_checkpoints(asked, stock), None
     data = check_data(options.data.config, asked, stock, found, manifest)
-    if not resumed:
-        check_start(stock["model"]["kwargs"], found)
+    check_start(stock["model"]["kwargs"], resumed, found)
     made = features = None
     with found.collect():
         made, features = features_of(options, data, manifest, earlier, place, found)

@@ -167,7 +167,7 @@ def files_of(
     wrong = [f"{toml_path}: {p}" for p in experiment_problems(experiment)]
     files: dict[str, list[Path]] = {}
     if not wrong:
-        files, wrong = find_data_files(experiment, toml_path)
+        files, wrong = find_data_files(experiment, toml_path, found)
     if not wrong and not files:
         wrong = [f"{toml_path}: [training], [zeroshot] and [fewshot] name no dataset"]
     found.problems += wrong

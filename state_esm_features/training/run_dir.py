@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from state_esm_features import __version__
-from state_esm_features.console import InputError, count, log, short, some, warn
+from state_esm_features.console import InputError, Notes, count, short, some
 from state_esm_features.embedding.features_file import manifest_path, read_manifest, trained_sha256
 from state_esm_features.experiment import SECTIONS, absolute_paths, toml_text
 from state_esm_features.files import (
@@ -123,7 +123,7 @@ def earlier_run(run_dir: Path) -> dict[str, Any] | None:
     return record
 
 
-def decide(plan: Plan, earlier: Mapping[str, Any] | None, options: RunOptions) -> str:
+def decide(plan: Plan, earlier: Mapping[str, Any] | None, options: RunOptions, notes: Notes) -> str:
     """'new', 'resume', 'overwrite' or 'up to date'.
 
     Raises
@@ -149,9 +149,9 @@ def decide(plan: Plan, earlier: Mapping[str, Any] | None, options: RunOptions) -
                 "--overwrite trains anew, --name NAME makes another run, --force mixes them"
             )
         if not resumable:
-            warn(f"--force: this run goes on otherwise than it was started ({listed})")
+            notes.warn(f"--force: this run goes on otherwise than it was started ({listed})")
         elif changed:
-            log.info("changed since the run was started: %s", listed)
+            notes.line(f"changed since the run was started: {listed}")
         return "resume"
     if changed:
         state = f"exists with other inputs ({listed})"
@@ -171,11 +171,11 @@ def move_aside(run_dir: Path) -> Path:
     return run_dir.rename(aside)
 
 
-def toml_of_run(plan: Plan) -> str:
+def toml_of_run(plan: Plan, notes: Notes) -> str:
     """The TOML as the run uses it: absolute paths, or those of the copies for fast loading."""
     experiment, said = plan.data.experiment, f"# {plan.toml.absolute()} as used here"
     if plan.fast is None:
-        datasets = absolute_paths(experiment)
+        datasets = absolute_paths(experiment, notes)
     else:
         datasets = {**experiment.datasets, **fast_paths(plan.fast, plan.data)}
     if plan.fast and plan.fast.copies:
@@ -184,7 +184,7 @@ def toml_of_run(plan: Plan) -> str:
     return f"{said}\n{toml_text(experiment, datasets)}"
 
 
-def write_inputs(plan: Plan, features_too: bool) -> None:
+def write_inputs(plan: Plan, features_too: bool, notes: Notes) -> None:
     """Make the run stand alone: its own copy of features, manifest and TOML."""
 
     def copy(source: Path, target: Path) -> None:
@@ -193,26 +193,26 @@ def write_inputs(plan: Plan, features_too: bool) -> None:
 
     if features_too:
         source = plan.made or plan.features
-        say_lost_labels(plan.own_features)
+        note_lost_labels(plan.own_features, notes)
         copy(source, plan.own_features)
         if manifest_path(source).is_file():
             copy(manifest_path(source), manifest_path(plan.own_features))
-    text = toml_of_run(plan)
+    text = toml_of_run(plan, notes)
     write_whole(plan.own_toml, lambda f: f.write(text.encode()))
 
 
-def say_lost_labels(features: Path) -> None:
+def note_lost_labels(features: Path, notes: Notes) -> None:
     """Before features to which labels were added make way for others."""
     added = (read_json(manifest_path(features)) or {}).get("added", [])
     labels = [label for addition in added for label in addition["labels"]]
     if labels:
-        warn(
+        notes.warn(
             f"{count(len(labels), 'label')} added with --into-run ({some(labels)}) will not be in "
             "the new features: add them again after the training"
         )
 
 
-def prepare_resume(plan: Plan) -> int:
+def prepare_resume(plan: Plan, notes: Notes) -> int:
     """Put the most advanced good checkpoint where stock resumes from; returns its step (0: none).
 
     Stock resumes from last.ckpt.
@@ -233,7 +233,7 @@ def prepare_resume(plan: Plan) -> int:
                 f"no checkpoint in {folder} can be read; --overwrite trains anew, and keeps the "
                 "old run until the new one has finished"
             )
-        log.info("no checkpoint in %s yet: training starts at step 0", plan.run_dir)
+        notes.line(f"no checkpoint in {plan.run_dir} yet: training starts at step 0")
         keep_progress(plan.run_dir / "progress.csv", 0)
         return 0
     step = steps[best]
@@ -249,10 +249,10 @@ def prepare_resume(plan: Plan) -> int:
     if metrics.exists():  # Lightning's logger starts the file anew
         metrics.replace(metrics.with_name(f"metrics-until-step-{step}.csv"))
     keep_progress(plan.run_dir / "progress.csv", step)
-    log.info(
-        "resuming at step %s of %s from %s: weights, optimiser and step as saved; the order of the "
-        "data and the random state start anew, so the result differs from an unbroken run",
-        *(f"{step:,}", f"{goal:,}", last),
+    notes.line(
+        f"resuming at step {step:,} of {goal:,} from {last}: weights, optimiser and step as saved; "
+        "the order of the data and the random state start anew, so the result differs from an "
+        "unbroken run"
     )
     return step
 
@@ -264,17 +264,17 @@ def refuse_if_held(run_dir: Path) -> None:
             pass
 
 
-def finish(plan: Plan, record: dict[str, Any], state: Training) -> None:
+def finish(plan: Plan, record: dict[str, Any], state: Training, notes: Notes) -> None:
     """Close the record of a finished run, delete what it replaced, say what is next."""
     record["status"] = "finished"
     replaced, record["replaces"] = record["replaces"], []
     close_record(plan.run_dir, record, state)
     for old in replaced:
         shutil.rmtree(old, ignore_errors=True)
-        log.info("the run that this one replaces was deleted: %s", old)
+        notes.line(f"the run that this one replaces was deleted: {old}")
     losses = ", ".join(f"{k} {v:.5g}" for k, v in sorted(state.losses.items()))
-    log.info("finished  %s: %s steps, %s", plan.run_dir, f"{state.step:,}", losses)
-    log.info("predict   %s", predict_command(plan))
+    notes.line(f"finished  {plan.run_dir}: {state.step:,} steps, {losses}")
+    notes.line(f"predict   {predict_command(plan)}")
 
 
 def close_record(run_dir: Path, record: dict[str, Any], state: Training) -> None:
@@ -326,20 +326,20 @@ def described(plan: Plan, what: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def start(
-    plan: Plan, earlier: Mapping[str, Any] | None, how: str, command: Sequence[str]
+    plan: Plan, earlier: Mapping[str, Any] | None, how: str, command: Sequence[str], notes: Notes
 ) -> dict[str, Any]:
     """Prepare the run directory for a new, replaced or resumed run; returns its record."""
     if how == "resume" and earlier is not None:
-        step = prepare_resume(plan)
+        step = prepare_resume(plan, notes)
         record = dict(earlier)
     else:
         step = 0
         record = {"format": RUN_FORMAT, "starts": [], "steps": 0, "replaces": []}
         if how == "overwrite" and earlier is not None:
-            say_lost_labels(plan.own_features)
+            note_lost_labels(plan.own_features, notes)
             aside = str(move_aside(plan.run_dir))
             record["replaces"] = [*earlier["replaces"], aside]
-            log.info("the old run is kept as %s until this one has finished", aside)
+            notes.line(f"the old run is kept as {aside} until this one has finished")
     what, own = identity(plan), plan.own_features
     kept = read_manifest(own) if own.exists() else None  # labels may have been added to it
     new_features = kept is None or trained_sha256(kept) != what["features"]["sha256"]
@@ -358,6 +358,6 @@ def start(
     ]
     # run.json first: a run cut off here can be resumed; the other ranks wait for "training"
     write_json(plan.run_dir / "run.json", record | {"status": "preparing"})
-    write_inputs(plan, features_too=new_features)
+    write_inputs(plan, new_features, notes)
     write_json(plan.run_dir / "run.json", record)
     return record

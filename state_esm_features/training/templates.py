@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from state_esm_features.console import InputError, count, log, one_error, some, them
+from state_esm_features.console import InputError, Notes, count, one_error, some, them
 from state_esm_features.embedding.features_file import read_manifest
 from state_esm_features.embedding.labels import Labels, label_column
 from state_esm_features.embedding.resolve import CONTROL_GUIDES, letters
@@ -167,14 +167,9 @@ def unknown_batches(run: TrainedRun, file: h5py.File) -> tuple[list[str], list[s
 
 
 def check_template(
-    run: TrainedRun, labels: Labels, paths: Sequence[Path], pert_col: str | None
-) -> list[str]:
+    run: TrainedRun, labels: Labels, paths: Sequence[Path], pert_col: str | None, notes: Notes
+) -> None:
     """What `state tx infer` would predict as control, or on mixed-up genes, today.
-
-    Returns
-    -------
-    doubts
-        What is otherwise than one may think.
 
     Raises
     ------
@@ -204,8 +199,9 @@ def check_template(
     problems += zeros
     if problems:
         raise one_error(problems)
-    log.info("%s, none of which would be predicted as control by %s", total, run.named)
-    return [*filled, *doubts]
+    notes.line(f"{total}, none of which would be predicted as control by {run.named}")
+    for text in (*filled, *doubts):
+        notes.warn(text)
 
 
 def filled_in(
