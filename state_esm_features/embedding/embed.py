@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from state_esm_features.console import InputError, Progress, count, log, out_of_memory, some, warn
 from state_esm_features.embedding.cache import open_cache
 from state_esm_features.embedding.downloads import weights_path
-from state_esm_features.embedding.esm2 import Checkpoint, Esm2, open_checkpoint
+from state_esm_features.embedding.esm2 import ENCODER, Checkpoint, Esm2, open_checkpoint
 from state_esm_features.embedding.fasta import Proteins, Recipe, windows
 from state_esm_features.embedding.tables import Table
 from state_esm_features.options import ESM2_WIDTHS, WINDOW
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 
-def embed(model: Esm2, sequence: str, layer: int, long: str, stop: threading.Event) -> torch.Tensor:
+def embed(model: Esm2, sequence: str, long: str, stop: threading.Event) -> torch.Tensor:
     """Mean over the residues of a protein, float32 (width,); a window at a time in memory.
 
     Where windows overlap, a residue's vector is the mean of what they say of it.
@@ -35,12 +35,12 @@ def embed(model: Esm2, sequence: str, layer: int, long: str, stop: threading.Eve
     seen = torch.zeros(len(sequence))
     for start, end in pieces:
         seen[start:end] += 1
-    total = torch.zeros(len(model.embedding[0]), dtype=torch.float64)
+    total = torch.zeros(model.width, dtype=torch.float64)
     with torch.inference_mode():
         for start, end in pieces:
             if stop.is_set():
                 raise CancelledError
-            residues = model(model.tokens(sequence[start:end]), layer)[1:-1]
+            residues = model(sequence[start:end])
             share = 1 / seen[start:end, None].to(residues.device)
             total += (residues * share).sum(0).cpu()  # MPS has no float64
     vector = (total / seen.count_nonzero()).float()
@@ -109,11 +109,11 @@ def choose_recipe(checkpoint: Checkpoint, args: argparse.Namespace) -> Recipe:
     """What the command line and the device make of a model."""
     layer = checkpoint.layers if args.layer is None else args.layer
     precision = choose_precision(args.precision, choose_device(args.device))
-    return Recipe(checkpoint.sha256, layer, "mean", args.long, precision)
+    return Recipe(checkpoint.sha256, layer, "mean", args.long, precision, ENCODER)
 
 
 def embed_all(
-    model: Esm2, sequences: Sequence[str], layer: int, long: str
+    model: Esm2, sequences: Sequence[str], long: str
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """(sequence, vector) of each as it is finished, the longest begun first.
 
@@ -130,7 +130,7 @@ def embed_all(
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
     try:
         longest_first = sorted(sequences, key=len, reverse=True)
-        jobs = {pool.submit(embed, model, s, layer, long, stop): s for s in longest_first}
+        jobs = {pool.submit(embed, model, s, long, stop): s for s in longest_first}
         for job in as_completed(jobs):
             yield jobs[job], job.result()
     finally:
@@ -188,7 +188,7 @@ def embed_genes(
 
     device = choose_device(args.device)
     recipe = choose_recipe(checkpoint, args)
-    layer, precision = recipe.layer, recipe.precision
+    precision = recipe.precision
     proteins.recipe, proteins.width = recipe, checkpoint.width
     sequences = list(dict.fromkeys(p.sequence for gene in genes for p in proteins[gene]))
     long = sum(len(s) > WINDOW for s in sequences)
@@ -209,9 +209,9 @@ def embed_genes(
             choice = "" if for_run else "--precision "
             warn(f"{precision} is slow on this CPU, {choice}float32 is faster")
         try:
-            model = Esm2(checkpoint, device, dtype)
+            model = Esm2(checkpoint, recipe.layer, device, dtype)
             progress = Progress(missing)
-            for sequence, vector in embed_all(model, missing, layer, args.long):
+            for sequence, vector in embed_all(model, missing, args.long):
                 vectors[sequence] = vector
                 cache.put(recipe.key(sequence), vector)
                 progress.add(sequence)

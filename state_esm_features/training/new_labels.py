@@ -74,13 +74,20 @@ def check_same_model(
     if resolved.checkpoint is None:
         return
     recipe = asdict(choose_recipe(resolved.checkpoint, args))
-    recipes = [{k: s[k] for k in recipe} for s in kept if "weights_sha256" in s]
+    encoder = recipe.pop("encoder")
+    computed = [s for s in kept if "weights_sha256" in s]
+    recipes = [{k: s[k] for k in recipe} for s in computed]
     if recipes and recipe not in recipes:
         old = recipes[0]
         changed = [f"{k} {short(old[k])} -> {short(v)}" for k, v in recipe.items() if old[k] != v]
         raise InputError(
             f"the features of {args.into_run} were computed otherwise ({'; '.join(changed)}): "
             "vectors of another model would mean nothing to it. Leave the options of the model out"
+        )
+    if recipes and encoder not in {s.get("encoder") for s in computed}:
+        warn(
+            f"the features of {args.into_run} were computed by an earlier version; the new ones "
+            "may differ from these by up to 1e-4"
         )
     if not recipes:
         warn(
