@@ -22,6 +22,7 @@
 #     "toml>=0.10.2",
 #     "torch>=2.7",
 #     "tqdm>=4.67.3",
+#     "transformers>=5.6.0",
 # ]
 # ///
 """Find, or compute, the ESM2 embedding of every perturbation of a Perturb-seq screen.

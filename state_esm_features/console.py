@@ -183,46 +183,6 @@ def _line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-class Progress:
-    """Proteins and residues done: a bar on a terminal, else a line now and then."""
-
-    SECONDS = 30
-
-    def __init__(self, sequences: Sequence[str]) -> None:
-        from tqdm import tqdm
-
-        quiet = not log.isEnabledFor(logging.INFO)
-        self.proteins, self.done = len(sequences), 0
-        self.bar = tqdm(
-            total=sum(map(len, sequences)),
-            unit=" residues",
-            unit_scale=True,
-            disable=True if quiet else None,
-        )
-        self.start = self.said = time.monotonic()
-        self.residues, self.quiet = 0, quiet
-
-    def add(self, sequence: str) -> None:
-        """One more protein is done."""
-        raise_if_stopped()
-        self.done, self.residues = self.done + 1, self.residues + len(sequence)
-        self.bar.update(len(sequence))
-        self.bar.set_postfix_str(f"{self.done:,} of {self.proteins:,} proteins", refresh=False)
-        now = time.monotonic()
-        last = self.done == self.proteins
-        if self.bar.disable and (last or now - self.said >= self.SECONDS):
-            self.said = now
-            rate = self.residues / max(now - self.start, 1e-9)
-            left = (self.bar.total - self.residues) / rate
-            log.info(
-                "%s of %s proteins, %s of %s residues, %s residues/s, %s left",
-                *(f"{self.done:,}", f"{self.proteins:,}", f"{self.residues:,}"),
-                *(f"{self.bar.total:,}", f"{rate:,.0f}", self.bar.format_interval(left)),
-            )
-        if last:
-            self.bar.close()
-
-
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """Ctrl-C; what kill, cron and schedulers send; what SLURM's --signal=USR1 sends before the end."""
 
@@ -292,8 +252,9 @@ class Bar:
     ) -> None:
         from tqdm import tqdm
 
+        quiet = True if not log.isEnabledFor(logging.INFO) else None  # None: where no terminal is
         self.bar = tqdm(
-            total=total, initial=initial, desc=what, unit=unit, unit_scale=scale, disable=None
+            total=total, initial=initial, desc=what, unit=unit, unit_scale=scale, disable=quiet
         )
         self.what, self.unit, self.scale = what, unit, scale
         self.total, self.done, self.initial = total, initial, initial
@@ -314,7 +275,8 @@ class Bar:
         done, total = (
             self.bar.format_sizeof(x) if self.scale else f"{x:,}" for x in (self.done, self.total)
         )
-        speed = f"{self.bar.format_sizeof(rate)}B/s" if self.scale else f"{rate:.3g} {self.unit}s/s"
+        speed = f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
+        speed = f"{self.bar.format_sizeof(rate)}B/s" if self.scale else f"{speed} {self.unit}s/s"
         notes = f"{notes}, " if notes else ""
         log.info("%s %s of %s, %s%s, %s left", self.what, done, total, notes, speed, left)
 

@@ -895,6 +895,37 @@ def test_new_gene_is_computed_by_the_model_of_the_run(
     words += ("--device", "cpu", "--output", str(tmp_path / "alone.pt"))
     assert run_script("create_esm_pert_features", *words, cwd=folder).code == 0
     assert torch.equal(load(esm / "pert_onehot_map.pt")[NEW], load(tmp_path / "alone.pt")[NEW])
+    assert "earlier version" not in done.err
+
+
+def test_a_run_of_an_earlier_version_goes_on_and_says_so_once(
+    add: Any, of_sequences: Path, tmp_path: Path
+) -> None:
+    """Manifests of before do not name the encoder."""
+    esm = Path(shutil.copytree(of_sequences, tmp_path / "esm"))
+    path = esm / "pert_features.pt.json"
+    manifest = json.loads(path.read_text())
+    for source in manifest["sources"]:
+        assert source.pop("encoder") == "transformers.EsmModel"
+    path.write_text(json.dumps(manifest))
+    known = load(esm / "pert_features.pt")
+    (tmp_path / "other.fasta").write_text(f">SIMOTHER\n{protein(98)}\n")
+    (tmp_path / "other.txt").write_text("SIMOTHER\n")
+    warned = []
+    for words in (
+        ("--adata", "wanted.h5ad", "--fasta", "new.fasta"),
+        ("--gene-list", tmp_path / "other.txt", "--fasta", tmp_path / "other.fasta"),
+    ):
+        done = add(*words, "--no-cache", "--device", "cpu", into=esm)
+        assert done.code == 0, done.err
+        warned += [line for line in done.err.splitlines() if "earlier version" in line]
+    assert warned == [
+        f"warning: the features of {esm} were computed by an earlier version; the new ones may "
+        "differ from these by up to 1e-4"
+    ]
+    features = load(esm / "pert_features.pt")
+    assert features.keys() == known.keys() | {NEW, "SIMOTHER"}
+    assert all(torch.equal(features[label], known[label]) for label in known)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -905,14 +936,15 @@ def test_new_gene_is_computed_by_the_model_of_the_run(
 # Only how long it waits is another than the script's: however long the others take to begin.
 PATIENTLY = (
     "import sys, create_esm_pert_features as script\n"
-    f"script.WAIT_SECONDS = {PATIENCE}\n"
+    "from state_esm_features.training import new_labels\n"
+    f"new_labels.WAIT_SECONDS = {PATIENCE}\n"
     "sys.exit(script.main(sys.argv[1:]))"
 )
 
 
 def test_several_processes_add_to_one_run(run: Path, tmp_path: Path) -> None:
     """All of them have their vectors and wait for the run, which is let go when they do."""
-    assert script.WAIT_SECONDS == 60
+    assert new_labels.WAIT_SECONDS == 60
     waits = f"waiting for at most {PATIENCE} s: process {os.getpid()} on {platform.node()}, since "
     ours = [f"SIMEXTRA00{i}" for i in range(4)]
     processes = []

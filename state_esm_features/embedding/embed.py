@@ -11,10 +11,10 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from typing import TYPE_CHECKING
 
-from state_esm_features.console import InputError, Progress, count, log, out_of_memory, some, warn
-from state_esm_features.embedding.cache import open_cache
+from state_esm_features.console import Bar, InputError, announce, count, out_of_memory, some, warn
+from state_esm_features.embedding.cache import Cache, open_cache
 from state_esm_features.embedding.downloads import weights_path
-from state_esm_features.embedding.esm2 import Checkpoint, Esm2, open_checkpoint
+from state_esm_features.embedding.esm2 import ENCODER, Checkpoint, Esm2, open_checkpoint
 from state_esm_features.embedding.fasta import Proteins, Recipe, windows
 from state_esm_features.embedding.tables import Table
 from state_esm_features.option_groups import ESM2_WIDTHS, WINDOW, SequenceOptions
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 
-def embed(model: Esm2, sequence: str, layer: int, long: str, stop: threading.Event) -> torch.Tensor:
+def embed(model: Esm2, sequence: str, long: str, stop: threading.Event) -> torch.Tensor:
     """Mean over the residues of a protein, float32 (width,); a window at a time in memory.
 
     Where windows overlap, a residue's vector is the mean of what they say of it.
@@ -34,12 +34,12 @@ def embed(model: Esm2, sequence: str, layer: int, long: str, stop: threading.Eve
     seen = torch.zeros(len(sequence))
     for start, end in pieces:
         seen[start:end] += 1
-    total = torch.zeros(len(model.embedding[0]), dtype=torch.float64)
+    total = torch.zeros(model.width, dtype=torch.float64)
     with torch.inference_mode():
         for start, end in pieces:
             if stop.is_set():
                 raise CancelledError
-            residues = model(model.tokens(sequence[start:end]), layer)[1:-1]
+            residues = model(sequence[start:end])
             share = 1 / seen[start:end, None].to(residues.device)
             total += (residues * share).sum(0).cpu()  # MPS has no float64
     vector = (total / seen.count_nonzero()).float()
@@ -108,11 +108,11 @@ def choose_recipe(checkpoint: Checkpoint, options: SequenceOptions) -> Recipe:
     """What the command line and the device make of a model."""
     layer = checkpoint.layers if options.layer is None else options.layer
     precision = choose_precision(options.precision, choose_device(options.device))
-    return Recipe(checkpoint.sha256, layer, "mean", options.long, precision)
+    return Recipe(checkpoint.sha256, layer, "mean", options.long, precision, ENCODER)
 
 
 def embed_all(
-    model: Esm2, sequences: Sequence[str], layer: int, long: str
+    model: Esm2, sequences: Sequence[str], long: str
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """(sequence, vector) of each as it is finished, the longest begun first.
 
@@ -129,7 +129,7 @@ def embed_all(
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
     try:
         longest_first = sorted(sequences, key=len, reverse=True)
-        jobs = {pool.submit(embed, model, s, layer, long, stop): s for s in longest_first}
+        jobs = {pool.submit(embed, model, s, long, stop): s for s in longest_first}
         for job in as_completed(jobs):
             yield jobs[job], job.result()
     finally:
@@ -185,48 +185,65 @@ def embed_genes(
     """
     import torch
 
-    device = choose_device(options.device)
     recipe = choose_recipe(checkpoint, options)
-    layer, precision = recipe.layer, recipe.precision
     proteins.recipe, proteins.width = recipe, checkpoint.width
     sequences = list(dict.fromkeys(p.sequence for gene in genes for p in proteins[gene]))
     long = sum(len(s) > WINDOW for s in sequences)
     if long and options.long == "truncate":
         warn(f"{count(long, 'protein')} cut after {WINDOW:,} residues by --long truncate")
     cache = open_cache(options)
-    found = {s: cache.get(recipe.key(s)) for s in sequences}
-    vectors = {s: vector for s, vector in found.items() if vector is not None}
+    in_cache = {s: cache.get(recipe.key(s)) for s in sequences}
+    vectors = {s: vector for s, vector in in_cache.items() if vector is not None}
     missing = [s for s in sequences if s not in vectors]
-    log.info(
-        "%s of %s: %s in the cache, %s to compute with %s on %s in %s",
-        *(count(len(sequences), "protein"), count(len(genes), "gene"), f"{len(vectors):,}"),
-        *(f"{len(missing):,}", options.esm_model, device.type, precision),
+    device = choose_device(options.device)
+    announce(
+        f"{count(len(sequences), 'protein')} of {count(len(genes), 'gene')}: {len(vectors):,} in "
+        f"the cache, {len(missing):,} to compute with {options.esm_model} on {device.type} in "
+        f"{recipe.precision}"
     )
     if missing:
-        dtype = getattr(torch, precision)
-        if device.type == "cpu" and dtype != torch.float32 and slow_in(dtype):
-            choice = "" if for_run else "--precision "
-            warn(f"{precision} is slow on this CPU, {choice}float32 is faster")
-        try:
-            model = Esm2(checkpoint, device, dtype)
-            progress = Progress(missing)
-            for sequence, vector in embed_all(model, missing, layer, options.long):
-                vectors[sequence] = vector
-                cache.put(recipe.key(sequence), vector)
-                progress.add(sequence)
-        except RuntimeError as error:
-            if not out_of_memory(error):
-                raise
-            other = "--device cpu"
-            if not for_run:
-                other = f"--precision bfloat16, {other} or a smaller --esm-model"
-            raise InputError(
-                f"out of memory on {device.type}, where {options.esm_model} in {precision} and one "
-                f"window of {WINDOW:,} residues must fit; what is finished is kept. Free memory "
-                f"there, or choose {other}"
-            ) from error
+        vectors |= compute(missing, checkpoint, recipe, options, cache, for_run)
     cache.close()
     return {
         gene: torch.stack([vectors[p.sequence] for p in proteins[gene]]).double().mean(0).float()
         for gene in genes
     }
+
+
+def compute(
+    sequences: Sequence[str],
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    options: SequenceOptions,
+    cache: Cache,
+    for_run: bool,
+) -> dict[str, torch.Tensor]:
+    """{sequence: vector, float32 (width,)}, each kept in the cache as soon as it is there."""
+    import torch
+
+    device, dtype = choose_device(options.device), getattr(torch, recipe.precision)
+    if device.type == "cpu" and dtype != torch.float32 and slow_in(dtype):
+        choice = "" if for_run else "--precision "
+        warn(f"{recipe.precision} is slow on this CPU, {choice}float32 is faster")
+    vectors: dict[str, torch.Tensor] = {}
+    bar = Bar(sum(map(len, sequences)), "residues", "residue")
+    try:
+        model = Esm2(checkpoint, recipe.layer, device, dtype)
+        for sequence, vector in embed_all(model, sequences, options.long):
+            vectors[sequence] = vector
+            cache.put(recipe.key(sequence), vector)
+            bar.add(len(sequence), f"{len(vectors):,} of {len(sequences):,} proteins")
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        other = "--device cpu"
+        if not for_run:
+            other = f"--precision bfloat16, {other} or a smaller --esm-model"
+        raise InputError(
+            f"out of memory on {device.type}, where {options.esm_model} in {recipe.precision} and "
+            f"one window of {WINDOW:,} residues must fit; what is finished is kept. Free memory "
+            f"there, or choose {other}"
+        ) from error
+    finally:
+        bar.close()
+    return vectors

@@ -6,17 +6,22 @@ Which sequences it is given, and what becomes of its output, is not known here.
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from state_esm_features.console import InputError, _line
-from state_esm_features.embedding.fasta import RESIDUES
 from state_esm_features.files import read_torch, sha256_of
 
 if TYPE_CHECKING:
     import torch
+
+
+ENCODER = "transformers.EsmModel"
+"""What computes the vectors; others agree with it within 1e-4 only, so a recipe names it."""
 
 
 @dataclass(frozen=True)
@@ -106,120 +111,115 @@ def open_checkpoint(model: str, path: Path) -> Checkpoint:
     return checkpoint
 
 
-@dataclass(frozen=True)
-class Block:
-    """(weight, bias) of a transformer layer: two layer norms and four linear maps."""
-
-    norm1: tuple[torch.Tensor, torch.Tensor]
-    qkv: tuple[torch.Tensor, torch.Tensor]
-    out: tuple[torch.Tensor, torch.Tensor]
-    norm2: tuple[torch.Tensor, torch.Tensor]
-    fc1: tuple[torch.Tensor, torch.Tensor]
-    fc2: tuple[torch.Tensor, torch.Tensor]
+FAIR_ESM_NAMES = (
+    ("rotary_embeddings.", "layers.0.self_attn.rot_emb."),
+    ("embeddings.word_embeddings.", "embed_tokens."),
+    ("encoder.emb_layer_norm_after.", "emb_layer_norm_after."),
+    ("encoder.layer.", "layers."),
+    ("attention.self.query.", "self_attn.q_proj."),
+    ("attention.self.key.", "self_attn.k_proj."),
+    ("attention.self.value.", "self_attn.v_proj."),
+    ("attention.output.dense.", "self_attn.out_proj."),
+    ("attention.LayerNorm.", "self_attn_layer_norm."),
+    ("intermediate.dense.", "fc1."),
+    ("output.dense.", "fc2."),
+    ("LayerNorm.", "final_layer_norm."),
+)
+"""Parts of the names of weights in EsmModel and in fair-esm's ESM2, in the order of replacing."""
 
 
 class Esm2:
-    """ESM2's encoder on fair-esm's weights: one sequence at a time, no padding, no LM head.
+    """ESM2's encoder: transformers' EsmModel on fair-esm's weights, one sequence at a time.
 
-    A vector then depends on its own sequence only, and nothing is computed in vain. Query, key
-    and value are one matrix product. In half precision the matrix products are in that type; sums
-    over layers, layer norms, rotations and, on a CPU, attention (where half precision is not
-    faster) stay in float32.
+    Without padding a vector depends on its own sequence only, and nothing is computed in vain. In
+    half precision the linear maps are held in that type and the rest in float32, under autocast.
+    Threads may share one (before transformers 5.6 they disturbed each other's rotations).
 
     Parameters
     ----------
     checkpoint
         The weights.
+    layer
+        After how many layers to read the representation; only these are loaded.
     device, dtype
-        Where and in which type the matrix products are done.
+        Where, and in which type, matrices are multiplied.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, layer: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.alphabet = fair_esm().Alphabet.from_architecture("ESM-1b")
+        self.device, self.dtype, self.width = device, dtype, checkpoint.width
+        self.model = self._without_weights(checkpoint, layer)
+        empty = self.model.state_dict()
+        weights: dict[str, torch.Tensor] = {}
+        for _, names in itertools.groupby(empty, lambda name: name.split(".")[:3]):  # a layer each
+            dtypes = {name: empty[name].dtype for name in names}
+            weights |= read_weights(checkpoint.path, dtypes, device)
+        self.model.load_state_dict(weights, assign=True)
+
+    def _without_weights(self, checkpoint: Checkpoint, layer: int) -> Any:
+        """EsmModel as ESM2 has it, on torch's meta device, up to a layer.
+
+        The final layer norm belongs to the last layer only, as in fair-esm.
+        """
         import torch
+        from transformers import EsmConfig, EsmModel
 
-        c = checkpoint
-        self.heads, self.head_width = c.heads, c.width // c.heads
-        self.device, self.layers = device, c.layers
-        self.attention_dtype = torch.float32 if device.type == "cpu" else dtype
-        self.dtype = dtype
-        like = torch.empty(0, device=device, dtype=dtype)
-        exact = torch.empty(0, device=device)
-        # rotary embedding turns pairs (i, i + half): rows of query and key are put in an order
-        # in which such pairs are neighbours, that is, complex numbers
-        pairs = torch.arange(self.head_width).view(2, -1).T.flatten()
-        rows = (torch.arange(c.heads)[:, None] * self.head_width + pairs).flatten()
+        config = EsmConfig(
+            vocab_size=len(self.alphabet.all_toks),
+            mask_token_id=self.alphabet.mask_idx,
+            pad_token_id=self.alphabet.padding_idx,
+            hidden_size=checkpoint.width,
+            num_hidden_layers=checkpoint.layers,
+            num_attention_heads=checkpoint.heads,
+            intermediate_size=4 * checkpoint.width,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            layer_norm_eps=1e-5,
+            position_embedding_type="rotary",
+            emb_layer_norm_before=False,
+            token_dropout=checkpoint.token_dropout,
+            attn_implementation="sdpa",
+        )
+        with torch.device("meta"):
+            model = EsmModel(config, add_pooling_layer=False).eval()
+        model.contact_head = None
+        if layer < checkpoint.layers:
+            model.encoder.layer = model.encoder.layer[:layer]
+            model.encoder.emb_layer_norm_after = None
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.to(self.dtype)
+        return model
 
-        _, weights = read_checkpoint(c.path)
-
-        def weight(name: str) -> torch.Tensor:
-            return weights[name].float().clone()  # a copy, lest it keeps the file in memory
-
-        def norm(name: str) -> tuple[torch.Tensor, torch.Tensor]:
-            return weight(f"{name}.weight").to(exact), weight(f"{name}.bias").to(exact)
-
-        def linear(name: str) -> tuple[torch.Tensor, torch.Tensor]:
-            return weight(f"{name}.weight").to(like), weight(f"{name}.bias").to(like)
-
-        def qkv(name: str) -> tuple[torch.Tensor, torch.Tensor]:
-            def joined(kind: str) -> torch.Tensor:
-                q, k, v = (weight(f"{name}.{x}_proj.{kind}") for x in "qkv")
-                return torch.cat([q[rows], k[rows], v]).to(like)
-
-            return joined("weight"), joined("bias")
-
-        self.blocks = []
-        for i in range(c.layers):
-            _, weights = read_checkpoint(c.path)  # lets go of what the last layer read
-            attention = f"layers.{i}.self_attn"
-            self.blocks.append(
-                Block(
-                    norm(f"{attention}_layer_norm"),
-                    qkv(attention),
-                    linear(f"{attention}.out_proj"),
-                    norm(f"layers.{i}.final_layer_norm"),
-                    linear(f"layers.{i}.fc1"),
-                    linear(f"layers.{i}.fc2"),
-                )
-            )
-        self.norm_after = norm("emb_layer_norm_after")
-        self.frequencies = weight("layers.0.self_attn.rot_emb.inv_freq").to(exact)
-        scale = 1 - 0.15 * 0.8 if c.token_dropout else 1.0
-        self.embedding = (weight("embed_tokens.weight") * scale).to(exact)
-        alphabet = fair_esm().Alphabet.from_architecture("ESM-1b")
-        self.token = torch.full((128,), alphabet.unk_idx)
-        for residue in RESIDUES:
-            self.token[ord(residue)] = alphabet.get_idx(residue)
-        self.ends = torch.tensor([alphabet.cls_idx]), torch.tensor([alphabet.eos_idx])
-
-    def tokens(self, sequence: str) -> torch.Tensor:
-        """Token ids of a sequence, beginning and end included: int64 (residues + 2,)."""
-        import torch
-
-        letters = torch.frombuffer(bytearray(sequence, "ascii"), dtype=torch.uint8).long()
-        return torch.cat([self.ends[0], self.token[letters], self.ends[1]])
-
-    def __call__(self, tokens: torch.Tensor, layer: int) -> torch.Tensor:
-        """Representation after `layer` layers (all of them: normalised), float32 (tokens, width).
+    def __call__(self, sequence: str) -> torch.Tensor:
+        """Representation of a sequence, float32 (residues, width).
 
         The same as `representations[layer]` of fair-esm's ESM2.
         """
         import torch
-        from torch.nn.functional import gelu, layer_norm, linear, scaled_dot_product_attention
 
-        x = self.embedding[tokens.to(self.device)]
-        length, width = x.shape
-        angles = torch.arange(length, device=self.device)[:, None] * self.frequencies
-        turn = torch.polar(torch.ones_like(angles), angles)[:, None]
-        turn = turn.expand(-1, 2 * self.heads, -1).contiguous()
-        for block in self.blocks[:layer]:
-            h = layer_norm(x, (width,), *block.norm1)
-            qkv = linear(h.to(self.dtype), *block.qkv).float()
-            pairs = qkv[:, : 2 * width].view(length, 2 * self.heads, -1, 2)
-            torch.view_as_complex(pairs).mul_(turn)
-            qkv = qkv.to(self.attention_dtype).view(1, length, 3, self.heads, self.head_width)
-            mixed = scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))
-            mixed = mixed.transpose(1, 2).reshape(length, width)
-            x += linear(mixed.to(self.dtype), *block.out)
-            h = layer_norm(x, (width,), *block.norm2)
-            x += linear(gelu(linear(h.to(self.dtype), *block.fc1)), *block.fc2)
-        return layer_norm(x, (width,), *self.norm_after) if layer == self.layers else x
+        letters = map(self.alphabet.get_idx, sequence)
+        tokens = torch.tensor([[self.alphabet.cls_idx, *letters, self.alphabet.eos_idx]])
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            states = self.model(tokens.to(self.device)).last_hidden_state
+        return states[0, 1:-1]
+
+
+def read_weights(
+    path: Path, dtypes: Mapping[str, torch.dtype], device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Copies of weights by their names in EsmModel; the file itself leaves memory at the end."""
+    _, stored = read_checkpoint(path)
+    return {
+        name: stored[fair_esm_name(name)].to(device, dtype, copy=True)
+        for name, dtype in dtypes.items()
+    }
+
+
+def fair_esm_name(name: str) -> str:
+    """What fair-esm's ESM2 calls a weight of transformers' EsmModel."""
+    for ours, theirs in FAIR_ESM_NAMES:
+        name = name.replace(ours, theirs)
+    return name

@@ -245,6 +245,7 @@ class Recipe:
     pooling: str
     long: str
     precision: str
+    encoder: str
 
     def key(self, sequence: str) -> bytes:
         """sha256 of the recipe and the sequence."""

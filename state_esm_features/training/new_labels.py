@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from state_esm_features.console import InputError, Notes, short, some
 from state_esm_features.embedding.embed import choose_recipe
+from state_esm_features.embedding.fasta import Recipe
 from state_esm_features.embedding.features import Resolved, resolve_labels
 from state_esm_features.embedding.features_file import manifest_path, trained_sha256, write_features
 from state_esm_features.embedding.labels import Labels
 from state_esm_features.embedding.report import summary
+from state_esm_features.embedding.tables import Table
 from state_esm_features.embedding.vectors import (
     build_features,
     identical,
@@ -59,32 +61,54 @@ def check_same_model(
             f"{run.named} was trained on vectors of {manifest['width']:,} values, these have "
             f"{width or 0:,}; name the table or --esm-model that its features were made with"
         )
-    kept = manifest["sources"]
-    tables = [s for s in kept if s["kind"] == "table"]
-    for table in resolved.tables:
+    require_tables_of(run, manifest, resolved.tables)
+    if resolved.checkpoint is not None:
+        recipe = choose_recipe(resolved.checkpoint, options.sequences)
+        require_recipe_of(run, manifest, recipe, options.sequences.esm_model, notes)
+
+
+def require_tables_of(
+    run: TrainedRun, manifest: Mapping[str, Any], tables: Sequence[Table]
+) -> None:
+    """Refuse tables that the features of a run were not made of."""
+    of_run = [s for s in manifest["sources"] if s["kind"] == "table"]
+    for table in tables:
         sha256 = sha256_of(table.path)
-        if sha256 not in {t["sha256"] for t in tables}:
-            of = some(f"{t['path']}, sha256 {t['sha256'][:12]}..." for t in tables) or "no table"
+        if sha256 not in {t["sha256"] for t in of_run}:
+            of = some(f"{t['path']}, sha256 {t['sha256'][:12]}..." for t in of_run) or "no table"
             raise InputError(
                 f"{table.path} (sha256 {sha256[:12]}...) is not what the features of "
                 f"{run.named} were made of ({of}): vectors of another model would mean "
                 "nothing to it. Give that file with --esm-embeddings"
             )
-    if resolved.checkpoint is None:
+
+
+def require_recipe_of(
+    run: TrainedRun, manifest: Mapping[str, Any], recipe: Recipe, model: str, notes: Notes
+) -> None:
+    """Refuse vectors that are not computed as those of a run; note where nothing tells how."""
+    computed = [s for s in manifest["sources"] if "weights_sha256" in s]
+    if not computed:
+        path = next(s["path"] for s in manifest["sources"] if s["kind"] == "table")
+        notes.warn(
+            f"nothing tells whether {path} was computed with {model}: the new vectors are "
+            "comparable only if it was"
+        )
         return
-    recipe = asdict(choose_recipe(resolved.checkpoint, options.sequences))
-    recipes = [{k: s[k] for k in recipe} for s in kept if "weights_sha256" in s]
-    if recipes and recipe not in recipes:
+    wanted = asdict(recipe)
+    encoder = wanted.pop("encoder")
+    recipes = [{k: s[k] for k in wanted} for s in computed]
+    if wanted not in recipes:
         old = recipes[0]
-        changed = [f"{k} {short(old[k])} -> {short(v)}" for k, v in recipe.items() if old[k] != v]
+        changed = [f"{k} {short(old[k])} -> {short(v)}" for k, v in wanted.items() if old[k] != v]
         raise InputError(
             f"the features of {run.named} were computed otherwise ({'; '.join(changed)}): "
             "vectors of another model would mean nothing to it. Leave the options of the model out"
         )
-    if not recipes:
+    if encoder not in {s.get("encoder") for s in computed}:
         notes.warn(
-            f"nothing tells whether {tables[0]['path']} was computed with "
-            f"{options.sequences.esm_model}: the new vectors are comparable only if it was"
+            f"the features of {run.named} were computed by an earlier version; the new ones may "
+            "differ from these by up to 1e-4"
         )
 
 

@@ -1,147 +1,144 @@
-"""Embedding proteins: create_esm_pert_features.py beside fair-esm's own extract loop.
+"""Embedding proteins: create_esm_pert_features.py beside fair-esm's own model.
 
-    python tests/benchmarks/bench_esm2.py [--models 8M 35M 650M] [--proteins 100] [--repeats 3]
+    python tests/benchmarks/bench_esm2.py [--models 8M 35M 650M] [--proteins 20] [--workers 2]
     python tests/benchmarks/bench_esm2.py --models --cached
 
 Random weights, and lengths drawn like those of the human proteome (log-normal, median 415 residues)
-and cut at 1,022, so that both do the same work. The reference is the loop of fair-esm's extract.py:
-FASTA in, mean vectors out, 4,096 tokens a batch. Each runs in a process of its own; seconds are
-those of the embedding itself, after a first protein and without model loading; memory is the peak
-of the whole process. Every repeat runs all of them in turn; medians are printed, and nothing is
-asserted: seconds depend on the machine.
+and cut at 1,022. Every worker takes a protein and has each implementation compute it, one sequence
+at a time, in an order drawn anew: whatever else the machine does slows down all of them. Printed
+are the seconds of the workers' own threads and those of the clock, and, of a process each that
+embeds proteins of 1,022 residues, the peak memory. Nothing is asserted: seconds depend on the
+machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import random
 import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from statistics import median
 
-from state_esm_features.embedding.cache import Cache
-from state_esm_features.embedding.embed import embed, embed_all
-from state_esm_features.embedding.esm2 import Esm2, open_checkpoint
-from state_esm_features.embedding.fasta import Recipe, read_fasta
-from state_esm_features.files import sha256_of
+import esm
+import numpy as np
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from random_esm2 import write_checkpoint  # noqa: E402
+
+from state_esm_features.embedding.cache import Cache  # noqa: E402
+from state_esm_features.embedding.embed import embed  # noqa: E402
+from state_esm_features.embedding.esm2 import (  # noqa: E402
+    ENCODER,
+    Esm2,
+    open_checkpoint,
+    read_checkpoint,
+)
+from state_esm_features.embedding.fasta import Recipe  # noqa: E402
+from state_esm_features.files import sha256_of  # noqa: E402
+
 SHAPES = {"8M": (6, 320), "35M": (12, 480), "150M": (30, 640), "650M": (33, 1280)}
 HEADS = 20
-RUNS = ("reference", "float32", "bfloat16")
+RUNS = ("fair-esm float32", "fair-esm bfloat16", "ours float32", "ours bfloat16")
+Embed = Callable[[str], torch.Tensor]
 
 
-def write_inputs(folder: Path, model: str, proteins: int) -> None:
-    """model.pt in fair-esm's layout with random weights, and p.fasta."""
-    import esm
-    import numpy as np
-    import torch
+def fair_esm(path: Path, dtype: torch.dtype) -> Embed:
+    """The inner loop of fair-esm's extract.py with a batch of one; half precision: autocast."""
+    c = open_checkpoint("model.pt", path)
+    model = esm.ESM2(c.layers, c.width, c.heads).eval()
+    model.load_state_dict(read_checkpoint(path)[1], strict=False)
+    convert = esm.Alphabet.from_architecture("ESM-1b").get_batch_converter()
 
-    torch.manual_seed(0)
-    layers, width = SHAPES[model]
-    weights = {}
-    for name, value in esm.ESM2(layers, width, HEADS).state_dict().items():
-        if not name.startswith("contact_head."):
-            inner = "" if name.startswith("lm_head.") else "sentence_encoder."
-            weights[f"encoder.{inner}{name}"] = value
-    config = argparse.Namespace(
-        encoder_layers=layers,
-        encoder_embed_dim=width,
-        encoder_attention_heads=HEADS,
-        token_dropout=True,
-    )
-    torch.save({"cfg": {"model": config}, "model": weights}, folder / "model.pt")
+    def mean(sequence: str) -> torch.Tensor:
+        tokens = convert([("", sequence)])[2]
+        with (
+            torch.inference_mode(),
+            torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
+        ):
+            states = model(tokens, repr_layers=[c.layers])["representations"][c.layers]
+            return states[0, 1:-1].float().mean(0)
+
+    return mean
+
+
+def ours(path: Path, dtype: torch.dtype) -> Embed:
+    """What embed_all gives to a core."""
+    c = open_checkpoint("model.pt", path)
+    model = Esm2(c, c.layers, torch.device("cpu"), dtype)
+    return lambda sequence: embed(model, sequence, "window", threading.Event())
+
+
+def built(run: str, path: Path) -> Embed:
+    """One of RUNS on the weights of a file."""
+    name, dtype = run.split()
+    return {"fair-esm": fair_esm, "ours": ours}[name](path, getattr(torch, dtype))
+
+
+def one_thread_each(workers: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+
+
+def protein(rng: np.random.Generator, residues: int) -> str:
+    return "".join(rng.choice(list("LAGVSERTIDPKQNFYMHWC"), residues))
+
+
+def compare(path: Path, proteins: int, workers: int) -> None:
+    """Print thread seconds, clock seconds and the distance to the first of RUNS."""
     rng = np.random.default_rng(1)
     lengths = np.clip(rng.lognormal(np.log(415), 0.75, proteins), 30, 1022).astype(int)
-    sequences = ["".join(rng.choice(list("LAGVSERTIDPKQNFYMHWC"), n)) for n in lengths]
-    (folder / "p.fasta").write_text("".join(f">P{i}\n{s}\n" for i, s in enumerate(sequences)))
+    sequences = [protein(rng, n) for n in lengths]
+    embeds = {run: built(run, path) for run in RUNS}
+
+    def all_of(sequence: str) -> dict[str, tuple[float, float, torch.Tensor]]:
+        done = {}
+        for run in random.sample(RUNS, len(RUNS)):
+            thread, clock = time.thread_time(), time.perf_counter()
+            vector = embeds[run](sequence)
+            done[run] = time.thread_time() - thread, time.perf_counter() - clock, vector
+        return done
+
+    with one_thread_each(workers) as pool:
+        list(pool.map(all_of, ["MK" * 50] * workers))
+        rounds = list(pool.map(all_of, sequences))
+    expected = torch.stack([r[RUNS[0]][2] for r in rounds])
+    for run in RUNS:
+        thread, clock = (sum(r[run][i] for r in rounds) for i in (0, 1))
+        vectors = torch.stack([r[run][2] for r in rounds])
+        print(
+            f"  {run:17}  {thread:6.1f} s of threads  {clock:6.1f} s of the clock  "
+            f"largest difference {(vectors - expected).abs().max():.1e}, least cosine "
+            f"{torch.cosine_similarity(vectors.double(), expected.double()).min():.6f}",
+            flush=True,
+        )
 
 
-def reference(folder: Path) -> float:
-    """fair-esm's extract loop; seconds."""
-    import esm
-    import torch
-
-    content = torch.load(folder / "model.pt", weights_only=False)
-    model, alphabet, weights = esm.pretrained._load_model_and_alphabet_core_v2(content)
-    model.load_state_dict(weights, strict=False)
-    model.eval()
-    del content, weights
-    vectors = {}
-    with torch.no_grad():
-        model(alphabet.get_batch_converter()([("warm", "MK" * 100)])[2])
-    start = time.perf_counter()
-    data = esm.FastaBatchedDataset.from_file(folder / "p.fasta")
-    batches = data.get_batch_indices(4096, extra_toks_per_seq=1)
-    loader = torch.utils.data.DataLoader(
-        data, collate_fn=alphabet.get_batch_converter(1022), batch_sampler=batches
-    )
-    with torch.no_grad():
-        for labels, sequences, tokens in loader:
-            found = model(tokens, repr_layers=[model.num_layers])["representations"]
-            for i, label in enumerate(labels):
-                residues = found[model.num_layers][i, 1 : len(sequences[i]) + 1]
-                vectors[label] = residues.mean(0).clone()
-    seconds = time.perf_counter() - start
-    torch.save(vectors, folder / "reference.pt")
-    return seconds
-
-
-def ours(folder: Path, precision: str) -> float:
-    """The script's own functions on the same file; seconds."""
-    import threading
-
-    import torch
-
-    checkpoint = open_checkpoint("model.pt", folder / "model.pt")
-    model = Esm2(checkpoint, torch.device("cpu"), getattr(torch, precision))
-    embed(model, "MK" * 100, model.layers, "window", threading.Event())
-    start = time.perf_counter()
-    names = {s: header for header, s in read_fasta(folder / "p.fasta")}
-    embedded = embed_all(model, list(names), model.layers, "window")
-    vectors = {names[sequence]: vector for sequence, vector in embedded}
-    seconds = time.perf_counter() - start
-    torch.save(vectors, folder / f"{precision}.pt")
-    return seconds
-
-
-def one(folder: Path, what: str) -> tuple[float, float]:
-    """Seconds and peak MB of a run in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, __file__, "--one", what, str(folder)],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    seconds, peak = done.stdout.split()[-2:]
-    return float(seconds), float(peak)
-
-
-def compare(folder: Path, precision: str) -> tuple[float, float]:
-    """Largest difference of an element, and least cosine, to the reference."""
-    import torch
-
-    a, b = (torch.load(folder / f"{x}.pt", weights_only=True) for x in ("reference", precision))
-    genes = sorted(a)
-    x, y = (torch.stack([t[g] for g in genes]) for t in (a, b))
-    return float((x - y).abs().max()), float(torch.cosine_similarity(x, y).min())
+def print_memory(run: str, path: Path, workers: int) -> None:
+    """Peak memory of a process that embeds two long proteins per worker."""
+    embed_one = built(run, path)
+    with one_thread_each(workers) as pool:
+        list(pool.map(embed_one, ["M" * 1022] * 2 * workers))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    print(f"  {run:17}  {peak:7,.0f} MB at most", flush=True)
 
 
 def cached(folder: Path, proteins: int = 20_000, width: int = 1280) -> None:
     """From command to file when every protein is in the cache."""
-    import numpy as np
-    import torch
-
-    write_inputs(folder, "650M", 1)
+    write_checkpoint(folder / "model.pt", 1, width, HEADS)
     rng = np.random.default_rng(2)
-    sequences = ["".join(rng.choice(list("LAGVSERTIDPKQNFYMHWC"), 400)) for _ in range(proteins)]
+    sequences = [protein(rng, 400) for _ in range(proteins)]
     (folder / "all.fasta").write_text("".join(f">P{i}\n{s}\n" for i, s in enumerate(sequences)))
-    recipe = Recipe(sha256_of(folder / "model.pt"), 33, "mean", "window", "float32")
+    sha256 = sha256_of(folder / "model.pt")
+    recipe = Recipe(sha256, 1, "mean", "window", "float32", ENCODER)
     cache = Cache(folder / "esm2_vectors.sqlite")
     for sequence in sequences:
         cache.put(recipe.key(sequence), torch.randn(width))
@@ -158,31 +155,23 @@ def cached(folder: Path, proteins: int = 20_000, width: int = 1280) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--models", nargs="*", choices=SHAPES, default=["8M", "35M"])
-    parser.add_argument("--proteins", type=int, default=100)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--proteins", type=int, default=20)
+    parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--cached", action="store_true")
-    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--memory", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.one:
-        what, folder = args.one[0], Path(args.one[1])
-        seconds = reference(folder) if what == "reference" else ours(folder, what)
-        print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
+    if args.memory:
+        print_memory(args.memory[0], Path(args.memory[1]), args.workers)
         return
     for name in args.models:
         with tempfile.TemporaryDirectory() as folder:
-            write_inputs(Path(folder), name, args.proteins)
-            rounds = [{w: one(Path(folder), w) for w in RUNS} for _ in range(args.repeats)]
-            print(f"{name}, {args.proteins} proteins, {os.cpu_count()} cores")
-            for what in RUNS:
-                difference, cosine = compare(Path(folder), what)
-                ratios = sorted(r["reference"][0] / r[what][0] for r in rounds)
-                print(
-                    f"  {what:9}  {median(r[what][0] for r in rounds):6.1f} s  "
-                    f"x{median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})  "
-                    f"{max(r[what][1] for r in rounds):5,.0f} MB  "
-                    f"largest difference {difference:.1e}, least cosine {cosine:.6f}",
-                    flush=True,
-                )
+            path = Path(folder) / "model.pt"
+            write_checkpoint(path, *SHAPES[name], HEADS)
+            print(f"{name}, {args.proteins} proteins, {args.workers} of {os.cpu_count()} cores")
+            compare(path, args.proteins, args.workers)
+            for run in RUNS:
+                command = [sys.executable, __file__, "--memory", run, str(path)]
+                subprocess.run([*command, f"--workers={args.workers}"], check=True)
     if args.cached:
         with tempfile.TemporaryDirectory() as folder:
             cached(Path(folder))
