@@ -57,8 +57,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from state_esm_features.console import Notes
-
 try:
     from state_esm_features import __version__
 except ModuleNotFoundError:
@@ -66,7 +64,7 @@ except ModuleNotFoundError:
         f"error: {Path(__file__).name} needs the folder state_esm_features of the same repository: "
         "keep it beside the script, or pip install the repository"
     )
-from state_esm_features.console import InputError, count, exit_code, some, start_log
+from state_esm_features.console import InputError, Notes, count, exit_code, some, start_log
 from state_esm_features.embedding.features import resolve_labels
 from state_esm_features.embedding.features_file import manifest_path, set_aside, write_features
 from state_esm_features.embedding.labels import collect_labels

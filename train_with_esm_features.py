@@ -55,8 +55,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from state_esm_features.console import Notes
-
 try:
     from state_esm_features import __version__
 except ModuleNotFoundError:
@@ -67,6 +65,7 @@ except ModuleNotFoundError:
 from state_esm_features.console import (
     STOP_SIGNALS,
     InputError,
+    Notes,
     Stopped,
     exit_code,
     start_log,
