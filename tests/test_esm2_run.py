@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import gzip
 import json
 import os
@@ -10,7 +9,6 @@ import platform
 import random
 import re
 import signal
-import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -21,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import esm
-import psutil
 import pytest
 import torch
 from conftest import ROOT, Result, run_script
@@ -32,7 +29,6 @@ from random_esm2 import write_checkpoint
 import create_esm_pert_features as script
 from state_esm_features.embedding import downloads
 from state_esm_features.embedding import vectors as vectors_module
-from state_esm_features.embedding.cache import network_file_system
 from state_esm_features.embedding.fasta import Proteins, genes_in_header, load_proteins
 
 Create = Callable[..., Result]
@@ -616,58 +612,14 @@ def test_a_dry_run_computes_nothing(
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_folder_of_this_machine_is_no_network_folder(tmp_path: Path) -> None:
-    assert network_file_system(tmp_path) is None
-    assert network_file_system(tmp_path / "not" / "yet") is None
-
-
-@dataclass(frozen=True)
-class Mount:
-    mountpoint: str
-    fstype: str
-
-
-@pytest.fixture
-def drive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """tmp_path/drive, a Drive folder for the table of mounts (a real one cannot be had here)."""
-    mounts = [Mount("/", "ext4"), Mount(str(tmp_path / "drive"), "fuse.drive")]
-    monkeypatch.setattr(psutil, "disk_partitions", lambda all: mounts)
-    return tmp_path / "drive"
-
-
-def test_a_cache_on_a_drive_folder_is_warned_of(
-    tmp_path: Path, create: Create, model: Any, drive: Path
-) -> None:
-    done = create(*ALL, *OUT, "--cache", drive / "c")
-    assert (done.code, done.out) == (0, "o.pt\n")
-    assert done.err.count("warning") == 1
-    assert (
-        f"warning: --cache {drive / 'c'} is on a network file system (fuse.drive), where SQLite is "
-        "not safe when two runs use it at once; choose a folder on a local disk\n"
-    ) in done.err
-    assert sorted(p.name for p in (drive / "c").iterdir()) == [FILE.name]
-    assert cached(create(*ALL, *OUT, "--cache", drive / "c").err) == (3, 0)
-
-
-def test_the_default_cache_leaves_a_drive_folder(
-    tmp_path: Path, create: Create, model: Any, drive: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(drive))
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "local"))
-    done = create(*ALL, *OUT)
-    local = tmp_path / "local" / f"state-esm-features-{os.getuid()}"
-    assert (done.code, done.out) == (0, "o.pt\n")
-    assert (
-        f"warning: {drive / 'state-esm-features'} is on a network file system (fuse.drive): the "
-        f"cache is {local} instead\n"
-    ) in done.err
-    assert (local / FILE.name).is_file() and not drive.exists()
-
-
 # --- cache ------------------------------------------------------------------------------------
 
 CACHE = ("--cache", "cache")
-FILE = Path("cache") / "esm2_vectors.sqlite"
+
+
+def vectors_in(folder: Path) -> list[Path]:
+    """Files of the cache, whole ones only."""
+    return sorted(folder.glob("cache/??/" + "[0-9a-f]" * 64))
 
 
 def test_the_second_run_computes_nothing(tmp_path: Path, create: Create, model: Any) -> None:
@@ -719,66 +671,70 @@ def test_weights_changed_under_the_same_name_are_another_recipe(
     assert close(features(tmp_path)["A"], reference(theirs, [SEQUENCES["A"]], 2)[0])
 
 
-@pytest.mark.parametrize("junk", [b"junk" * 3000, b"SQLite format 3\0" + b"\xa5" * 9000])
-def test_a_cache_of_junk_is_set_aside(
-    tmp_path: Path, create: Create, model: Any, junk: bytes
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[:-10] + bytes([content[-10] ^ 0x40]) + content[-9:],
+        lambda content: content[:-4],  # cut short
+        lambda content: b"",
+        lambda content: b"junk" * 3000,
+    ],
+)
+def test_damaged_vectors_are_computed_again_and_counted(
+    tmp_path: Path, create: Create, model: Any, damage: Callable[[bytes], bytes]
 ) -> None:
     assert create(*ALL, *OUT, *CACHE).code == 0
     kept = (tmp_path / "o.pt").read_bytes()
-    gc.collect()  # closes the connection of that run
-    file = tmp_path / FILE
-    assert [p.name for p in file.parent.iterdir()] == [file.name]
-    file.write_bytes(junk)
+    files = vectors_in(tmp_path)
+    whole = [path.read_bytes() for path in files]
+    assert len(files) == 3
+    for path in files[:2]:
+        path.write_bytes(damage(path.read_bytes()))
     done = create(*ALL, *OUT, *CACHE)
     assert done.code == 0
     warnings = [line for line in done.err.splitlines() if line.startswith("warning")]
-    assert warnings == [
-        f"warning: cache {FILE} is damaged (file is not a database): kept as {FILE}.damaged, begun "
-        "anew"
-    ]
-    assert cached(done.err) == (0, 3)
+    assert warnings == ["warning: cache cache: 2 damaged vectors to compute again"]
+    assert cached(done.err) == (1, 2)
     assert (tmp_path / "o.pt").read_bytes() == kept
-    assert file.with_name(file.name + ".damaged").read_bytes() == junk
-    assert cached(create(*ALL, *OUT, *CACHE).err) == (3, 0)
-
-
-def test_a_flipped_byte_in_a_vector_is_noticed(tmp_path: Path, create: Create, model: Any) -> None:
-    assert create(*ALL, *OUT, *CACHE).code == 0
-    kept = (tmp_path / "o.pt").read_bytes()
-    file = tmp_path / FILE
-    db = sqlite3.connect(file)
-    db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    (blob,) = db.execute("SELECT vector FROM vectors").fetchone()
-    db.close()
-    content = bytearray(file.read_bytes())
-    assert content.count(blob) == 1
-    content[content.index(blob) + len(blob) // 2] ^= 0x40
-    file.write_bytes(content)
-    done = create(*ALL, *OUT, *CACHE)
-    assert done.code == 0
-    assert done.err.count("warning") == 1
-    assert f"warning: cache {FILE}: a damaged vector is computed again\n" in done.err
-    assert cached(done.err) == (2, 1)
-    assert (tmp_path / "o.pt").read_bytes() == kept
+    assert [path.read_bytes() for path in vectors_in(tmp_path)] == whole
     again = create(*ALL, *OUT, *CACHE)
     assert cached(again.err) == (3, 0) and "warning" not in again.err
 
 
-@pytest.mark.parametrize("folder", ["cache", "p.fasta/cache", "p.fasta"])
+def test_the_database_of_an_earlier_version_is_left_aside(
+    tmp_path: Path, create: Create, model: Any
+) -> None:
+    old = tmp_path / "cache" / "esm2_vectors.sqlite"
+    old.parent.mkdir()
+    old.write_bytes(b"SQLite format 3\0")
+    done = create(*ALL, *OUT, *CACHE)
+    assert done.code == 0
+    assert done.err.count("esm2_vectors.sqlite") == 1
+    assert (
+        "cache/esm2_vectors.sqlite is the cache of an earlier version: not used, and may be "
+        "deleted\n"
+    ) in done.err
+    assert old.read_bytes() == b"SQLite format 3\0"
+    assert cached(create(*ALL, *OUT, *CACHE).err) == (3, 0)
+
+
+@pytest.mark.parametrize("folder", ["p.fasta/cache", "p.fasta", "dangling", "files"])
 def test_a_cache_that_cannot_be_used_costs_a_warning(
     tmp_path: Path, create: Create, model: Any, folder: str
 ) -> None:
+    """Under a file, a file, a link to nowhere (found out by writing), files for its folders."""
     assert create(*ALL, *OUT, "--no-cache").code == 0
     kept = (tmp_path / "o.pt").read_bytes()
-    if folder == "cache":
-        (tmp_path / FILE).mkdir(parents=True)
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere" / "cache")
+    (tmp_path / "files").mkdir()
+    for i in range(256):
+        (tmp_path / "files" / f"{i:02x}").touch()
     done = create(*ALL, *OUT, "--cache", folder)
     assert done.code == 0
     warnings = [line for line in done.err.splitlines() if line.startswith("warning")]
     assert len(warnings) == 1
     assert re.fullmatch(
-        rf"warning: cache {folder}/{FILE.name} cannot be used \(.+\): going on without it",
-        warnings[0],
+        rf"warning: cache {folder} cannot be used \(.+\): going on without it", warnings[0]
     )
     assert cached(done.err) == (0, 3)
     assert (tmp_path / "o.pt").read_bytes() == kept
@@ -847,16 +803,9 @@ def until_it_computes(process: subprocess.Popen[str]) -> tuple[int, int]:
     return cached(said)
 
 
-def rows(folder: Path) -> int:
-    with sqlite3.connect(folder / FILE) as db:
-        found = db.execute("SELECT count(*) FROM vectors").fetchone()[0]
-    db.close()
-    return int(found)
-
-
-def until_rows(folder: Path, number: int) -> None:
+def until_kept(folder: Path, number: int) -> None:
     deadline = time.monotonic() + 60
-    while rows(folder) < number and time.monotonic() < deadline:
+    while len(vectors_in(folder)) < number and time.monotonic() < deadline:
         time.sleep(0.005)
 
 
@@ -870,32 +819,32 @@ def test_kill_9_loses_only_what_is_being_computed(
         process = begin(tmp_path, big)
         assert until_it_computes(process) == (kept, 200 - kept)
         wanted = kept + moments.randint(0, 120 // kills)
-        until_rows(tmp_path, wanted)
+        until_kept(tmp_path, wanted)
         time.sleep(moments.uniform(0, 0.01))
         process.kill()
         process.communicate()
         assert process.returncode == -signal.SIGKILL
-        assert rows(tmp_path) >= kept
-        kept = rows(tmp_path)
+        assert len(vectors_in(tmp_path)) >= kept
+        kept = len(vectors_in(tmp_path))
         assert not (tmp_path / "o.pt").exists()
     assert 0 < kept < 200
     done = create(*big.arguments, "o.pt", *CACHE)
     assert (done.code, done.out) == (0, "o.pt\n")
     assert cached(done.err) == (kept, 200 - kept)
     assert (tmp_path / "o.pt").read_bytes() == big.whole
-    assert rows(tmp_path) == 200
+    assert len(vectors_in(tmp_path)) == 200
 
 
 def test_sigterm_while_computing(tmp_path: Path, create: Create, big: Big) -> None:
     process = begin(tmp_path, big)
     assert until_it_computes(process) == (0, 200)
-    until_rows(tmp_path, 5)
+    until_kept(tmp_path, 5)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (143, "")
     assert err.endswith("stopped by SIGTERM\n") and "Traceback" not in err
     assert {p.name for p in tmp_path.iterdir()} == {"cache"}
-    kept = rows(tmp_path)
+    kept = len(vectors_in(tmp_path))
     assert 5 <= kept < 200
     done = create(*big.arguments, "o.pt", *CACHE)
     assert done.code == 0
@@ -915,4 +864,4 @@ def test_two_runs_at_once_share_a_cache(tmp_path: Path, create: Create, big: Big
     assert "warning" not in err + done.err
     assert (tmp_path / "o.pt").read_bytes() == big.whole
     assert (tmp_path / "other.pt").read_bytes() == big.whole
-    assert rows(tmp_path) == 200
+    assert len(vectors_in(tmp_path)) == 200

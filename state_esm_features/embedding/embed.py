@@ -195,8 +195,9 @@ def embed_genes(
     if long and args.long == "truncate":
         warn(f"{count(long, 'protein')} cut after {WINDOW:,} residues by --long truncate")
     cache = open_cache(args)
-    found = {s: cache.get(recipe.key(s)) for s in sequences}
-    vectors = {s: vector for s, vector in found.items() if vector is not None}
+    keys = {s: recipe.key(s) for s in sequences}
+    kept = cache.read(keys.values())
+    vectors = {s: kept[key] for s, key in keys.items() if key in kept}
     missing = [s for s in sequences if s not in vectors]
     log.info(
         "%s of %s: %s in the cache, %s to compute with %s on %s in %s",
@@ -213,7 +214,7 @@ def embed_genes(
             progress = Progress(missing)
             for sequence, vector in embed_all(model, missing, args.long):
                 vectors[sequence] = vector
-                cache.put(recipe.key(sequence), vector)
+                cache.put(keys[sequence], vector)
                 progress.add(sequence)
         except RuntimeError as error:
             if not out_of_memory(error):
@@ -226,7 +227,6 @@ def embed_genes(
                 f"window of {WINDOW:,} residues must fit; what is finished is kept. Free memory "
                 f"there, or choose {other}"
             ) from error
-    cache.close()
     return {
         gene: torch.stack([vectors[p.sequence] for p in proteins[gene]]).double().mean(0).float()
         for gene in genes
