@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import gzip
 import json
 import os
 import platform
 import random
 import re
+import shutil
 import signal
-import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -23,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import esm
-import psutil
 import pytest
 import torch
 from conftest import PATIENCE, ROOT, Result, run_script, suspend, until
@@ -35,7 +32,6 @@ import create_esm_pert_features as script
 from state_esm_features.console import Notes
 from state_esm_features.embedding import downloads
 from state_esm_features.embedding import vectors as vectors_module
-from state_esm_features.embedding.cache import network_file_system
 from state_esm_features.embedding.fasta import Proteins, genes_in_header, load_proteins
 from state_esm_features.option_groups import SequenceOptions
 
@@ -619,58 +615,14 @@ def test_a_dry_run_computes_nothing(
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_folder_of_this_machine_is_no_network_folder(tmp_path: Path) -> None:
-    assert network_file_system(tmp_path) is None
-    assert network_file_system(tmp_path / "not" / "yet") is None
-
-
-@dataclass(frozen=True)
-class Mount:
-    mountpoint: str
-    fstype: str
-
-
-@pytest.fixture
-def drive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """tmp_path/drive, a Drive folder for the table of mounts (a real one cannot be had here)."""
-    mounts = [Mount("/", "ext4"), Mount(str(tmp_path / "drive"), "fuse.drive")]
-    monkeypatch.setattr(psutil, "disk_partitions", lambda all: mounts)
-    return tmp_path / "drive"
-
-
-def test_a_cache_on_a_drive_folder_is_warned_of(
-    tmp_path: Path, create: Create, model: Any, drive: Path
-) -> None:
-    done = create(*ALL, *OUT, "--cache", drive / "c")
-    assert (done.code, done.out) == (0, "o.pt\n")
-    assert done.err.count("warning") == 1
-    assert (
-        f"warning: --cache {drive / 'c'} is on a network file system (fuse.drive), where SQLite is "
-        "not safe when two runs use it at once; choose a folder on a local disk\n"
-    ) in done.err
-    assert sorted(p.name for p in (drive / "c").iterdir()) == [FILE.name]
-    assert cached(create(*ALL, *OUT, "--cache", drive / "c").err) == (3, 0)
-
-
-def test_the_default_cache_leaves_a_drive_folder(
-    tmp_path: Path, create: Create, model: Any, drive: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(drive))
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "local"))
-    done = create(*ALL, *OUT)
-    local = tmp_path / "local" / f"state-esm-features-{os.getuid()}"
-    assert (done.code, done.out) == (0, "o.pt\n")
-    assert (
-        f"warning: {drive / 'state-esm-features'} is on a network file system (fuse.drive): the "
-        f"cache is {local} instead\n"
-    ) in done.err
-    assert (local / FILE.name).is_file() and not drive.exists()
-
-
 # --- cache ------------------------------------------------------------------------------------
 
 CACHE = ("--cache", "cache")
-FILE = Path("cache") / "esm2_vectors.sqlite"
+
+
+def vectors_in(folder: Path) -> list[Path]:
+    """Files of the cache, whole ones only."""
+    return sorted(folder.glob("cache/??/" + "[0-9a-f]" * 64))
 
 
 def test_the_second_run_computes_nothing(tmp_path: Path, create: Create, model: Any) -> None:
@@ -722,66 +674,70 @@ def test_weights_changed_under_the_same_name_are_another_recipe(
     assert close(features(tmp_path)["A"], reference(theirs, [SEQUENCES["A"]], 2)[0])
 
 
-@pytest.mark.parametrize("junk", [b"junk" * 3000, b"SQLite format 3\0" + b"\xa5" * 9000])
-def test_a_cache_of_junk_is_set_aside(
-    tmp_path: Path, create: Create, model: Any, junk: bytes
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[:-10] + bytes([content[-10] ^ 0x40]) + content[-9:],
+        lambda content: content[:-4],  # cut short
+        lambda content: b"",
+        lambda content: b"junk" * 3000,
+    ],
+)
+def test_damaged_vectors_are_computed_again_and_counted(
+    tmp_path: Path, create: Create, model: Any, damage: Callable[[bytes], bytes]
 ) -> None:
     assert create(*ALL, *OUT, *CACHE).code == 0
     kept = (tmp_path / "o.pt").read_bytes()
-    gc.collect()  # closes the connection of that run
-    file = tmp_path / FILE
-    assert [p.name for p in file.parent.iterdir()] == [file.name]
-    file.write_bytes(junk)
+    files = vectors_in(tmp_path)
+    whole = [path.read_bytes() for path in files]
+    assert len(files) == 3
+    for path in files[:2]:
+        path.write_bytes(damage(path.read_bytes()))
     done = create(*ALL, *OUT, *CACHE)
     assert done.code == 0
     warnings = [line for line in done.err.splitlines() if line.startswith("warning")]
-    assert warnings == [
-        f"warning: cache {FILE} is damaged (file is not a database): kept as {FILE}.damaged, begun "
-        "anew"
-    ]
-    assert cached(done.err) == (0, 3)
+    assert warnings == ["warning: cache cache: 2 damaged vectors to compute again"]
+    assert cached(done.err) == (1, 2)
     assert (tmp_path / "o.pt").read_bytes() == kept
-    assert file.with_name(file.name + ".damaged").read_bytes() == junk
-    assert cached(create(*ALL, *OUT, *CACHE).err) == (3, 0)
-
-
-def test_a_flipped_byte_in_a_vector_is_noticed(tmp_path: Path, create: Create, model: Any) -> None:
-    assert create(*ALL, *OUT, *CACHE).code == 0
-    kept = (tmp_path / "o.pt").read_bytes()
-    file = tmp_path / FILE
-    db = sqlite3.connect(file)
-    db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    (blob,) = db.execute("SELECT vector FROM vectors").fetchone()
-    db.close()
-    content = bytearray(file.read_bytes())
-    assert content.count(blob) == 1
-    content[content.index(blob) + len(blob) // 2] ^= 0x40
-    file.write_bytes(content)
-    done = create(*ALL, *OUT, *CACHE)
-    assert done.code == 0
-    assert done.err.count("warning") == 1
-    assert f"warning: cache {FILE}: a damaged vector is computed again\n" in done.err
-    assert cached(done.err) == (2, 1)
-    assert (tmp_path / "o.pt").read_bytes() == kept
+    assert [path.read_bytes() for path in vectors_in(tmp_path)] == whole
     again = create(*ALL, *OUT, *CACHE)
     assert cached(again.err) == (3, 0) and "warning" not in again.err
 
 
-@pytest.mark.parametrize("folder", ["cache", "p.fasta/cache", "p.fasta"])
+def test_the_database_of_an_earlier_version_is_left_aside(
+    tmp_path: Path, create: Create, model: Any
+) -> None:
+    old = tmp_path / "cache" / "esm2_vectors.sqlite"
+    old.parent.mkdir()
+    old.write_bytes(b"SQLite format 3\0")
+    done = create(*ALL, *OUT, *CACHE)
+    assert done.code == 0
+    assert done.err.count("esm2_vectors.sqlite") == 1
+    assert (
+        "cache/esm2_vectors.sqlite is the cache of an earlier version: not used, and may be "
+        "deleted\n"
+    ) in done.err
+    assert old.read_bytes() == b"SQLite format 3\0"
+    assert cached(create(*ALL, *OUT, *CACHE).err) == (3, 0)
+
+
+@pytest.mark.parametrize("folder", ["p.fasta/cache", "p.fasta", "dangling", "files"])
 def test_a_cache_that_cannot_be_used_costs_a_warning(
     tmp_path: Path, create: Create, model: Any, folder: str
 ) -> None:
+    """Under a file, a file, a link to nowhere (found out by writing), files for its folders."""
     assert create(*ALL, *OUT, "--no-cache").code == 0
     kept = (tmp_path / "o.pt").read_bytes()
-    if folder == "cache":
-        (tmp_path / FILE).mkdir(parents=True)
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere" / "cache")
+    (tmp_path / "files").mkdir()
+    for i in range(256):
+        (tmp_path / "files" / f"{i:02x}").touch()
     done = create(*ALL, *OUT, "--cache", folder)
     assert done.code == 0
     warnings = [line for line in done.err.splitlines() if line.startswith("warning")]
     assert len(warnings) == 1
     assert re.fullmatch(
-        rf"warning: cache {folder}/{FILE.name} cannot be used \(.+\): going on without it",
-        warnings[0],
+        rf"warning: cache {folder} cannot be used \(.+\): going on without it", warnings[0]
     )
     assert cached(done.err) == (0, 3)
     assert (tmp_path / "o.pt").read_bytes() == kept
@@ -852,37 +808,17 @@ def until_it_computes(process: subprocess.Popen[str]) -> str:
 
 def set_back(folder: Path, content: dict[Path, bytes]) -> None:
     """The cache as it was, and no features: nothing that a run left there which ended too soon."""
-    for path in (*(folder / FILE).parent.glob("*"), *folder.glob("*.pt"), *folder.glob("*.json")):
+    shutil.rmtree(folder / "cache")
+    for path in (*folder.glob("*.pt"), *folder.glob("*.json")):
         path.unlink()
     for path, was in content.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(was)
 
 
-def rows(folder: Path) -> int:
-    with sqlite3.connect(folder / FILE, PATIENCE) as db:
-        found = db.execute("SELECT count(*) FROM vectors").fetchone()[0]
-    db.close()
-    return int(found)
-
-
 def reached(folder: Path, number: int, process: subprocess.Popen[str]) -> bool:
-    """Whether so many rows are in the cache, or a run has ended that was to write them."""
-    return process.poll() is not None or rows(folder) >= number
-
-
-def held_between_rows(folder: Path, process: subprocess.Popen[str]) -> bool:
-    """Suspend a run, unless it is writing to the cache, for which others would have to wait; also
-    if it has ended."""
-    if not suspend(process.pid):
-        return True
-    with contextlib.closing(sqlite3.connect(folder / FILE, 0, isolation_level=None)) as db:
-        try:
-            db.execute("BEGIN IMMEDIATE")
-        except sqlite3.OperationalError:
-            process.send_signal(signal.SIGCONT)
-            return False
-        db.execute("ROLLBACK")
-    return True
+    """Whether so many vectors are in the cache, or a run has ended that was to write them."""
+    return process.poll() is not None or len(vectors_in(folder)) >= number
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
@@ -892,7 +828,7 @@ def test_kill_9_loses_only_what_is_being_computed(
     moments = random.Random(kills)
     kept = killed = 0
     while killed < kills or kept == 0:
-        before = {path: path.read_bytes() for path in (tmp_path / FILE).parent.glob("*")}
+        before = {path: path.read_bytes() for path in vectors_in(tmp_path)}
         process = begin(tmp_path, big)
         assert cached(until_it_computes(process)) == (kept, 200 - kept)
         wanted = kept + moments.randint(0, 90 // kills)
@@ -900,21 +836,21 @@ def test_kill_9_loses_only_what_is_being_computed(
         time.sleep(moments.uniform(0, 0.01))  # any moment will do
         process.kill()
         _, err = process.communicate()
-        if rows(tmp_path) > 190 * (killed + 1) // (kills + 1):
-            # it came too late, and would leave too few rows for the others: once more
+        if len(vectors_in(tmp_path)) > 190 * (killed + 1) // (kills + 1):
+            # it came too late, and would leave too few vectors for the others: once more
             assert process.returncode in (0, -signal.SIGKILL), err
             set_back(tmp_path, before)
             continue
         assert process.returncode == -signal.SIGKILL, err
-        assert rows(tmp_path) >= kept
-        killed, kept = killed + 1, rows(tmp_path)
+        assert len(vectors_in(tmp_path)) >= kept
+        killed, kept = killed + 1, len(vectors_in(tmp_path))
         assert not (tmp_path / "o.pt").exists()
     assert 0 < kept < 200
     done = create(*big.arguments, "o.pt", *CACHE)
     assert (done.code, done.out) == (0, "o.pt\n")
     assert cached(done.err) == (kept, 200 - kept)
     assert (tmp_path / "o.pt").read_bytes() == big.whole
-    assert rows(tmp_path) == 200
+    assert len(vectors_in(tmp_path)) == 200
 
 
 def test_sigterm_while_computing(tmp_path: Path, create: Create, big: Big) -> None:
@@ -924,14 +860,14 @@ def test_sigterm_while_computing(tmp_path: Path, create: Create, big: Big) -> No
         until(partial(reached, tmp_path, 5, process))
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=PATIENCE)
-        if rows(tmp_path) < 200:
+        if len(vectors_in(tmp_path)) < 200:
             break
         assert process.returncode in (0, 143), err
         set_back(tmp_path, {})  # it came too late: once more
     assert (process.returncode, out) == (143, "")
     assert err.endswith("stopped by SIGTERM\n") and "Traceback" not in err
     assert {p.name for p in tmp_path.iterdir()} == {"cache"}
-    kept = rows(tmp_path)
+    kept = len(vectors_in(tmp_path))
     assert 5 <= kept < 200
     done = create(*big.arguments, "o.pt", *CACHE)
     assert done.code == 0
@@ -944,8 +880,7 @@ def test_two_runs_at_once_share_a_cache(tmp_path: Path, create: Create, big: Big
     while True:
         other = begin(tmp_path, big, "other.pt")
         said = [until_it_computes(other)]
-        until(partial(held_between_rows, tmp_path, other))
-        if rows(tmp_path) < 200:
+        if suspend(other.pid) and len(vectors_in(tmp_path)) < 200:
             break
         other.send_signal(signal.SIGCONT)  # it came too late: once more
         assert other.wait(PATIENCE) == 0
@@ -963,4 +898,4 @@ def test_two_runs_at_once_share_a_cache(tmp_path: Path, create: Create, big: Big
     assert "warning" not in "".join(said)
     assert (tmp_path / "o.pt").read_bytes() == big.whole
     assert (tmp_path / "other.pt").read_bytes() == big.whole
-    assert rows(tmp_path) == 200
+    assert len(vectors_in(tmp_path)) == 200

@@ -192,8 +192,9 @@ def embed_genes(
     if long and options.long == "truncate":
         warn(f"{count(long, 'protein')} cut after {WINDOW:,} residues by --long truncate")
     cache = open_cache(options)
-    in_cache = {s: cache.get(recipe.key(s)) for s in sequences}
-    vectors = {s: vector for s, vector in in_cache.items() if vector is not None}
+    keys = {s: recipe.key(s) for s in sequences}
+    kept = cache.read(keys.values())
+    vectors = {s: kept[key] for s, key in keys.items() if key in kept}
     missing = [s for s in sequences if s not in vectors]
     device = choose_device(options.device)
     announce(
@@ -203,7 +204,6 @@ def embed_genes(
     )
     if missing:
         vectors |= compute(missing, checkpoint, recipe, options, cache, for_run)
-    cache.close()
     return {
         gene: torch.stack([vectors[p.sequence] for p in proteins[gene]]).double().mean(0).float()
         for gene in genes

@@ -247,6 +247,6 @@ class Recipe:
     precision: str
     encoder: str
 
-    def key(self, sequence: str) -> bytes:
-        """sha256 of the recipe and the sequence."""
-        return hashlib.sha256(f"{json.dumps(asdict(self))}\n{sequence}".encode()).digest()
+    def key(self, sequence: str) -> str:
+        """Hex sha256 of the recipe and the sequence."""
+        return hashlib.sha256(f"{json.dumps(asdict(self))}\n{sequence}".encode()).hexdigest()

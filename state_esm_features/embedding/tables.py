@@ -5,12 +5,10 @@ How a label finds its gene is not known here.
 
 from __future__ import annotations
 
-import contextlib
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from state_esm_features.console import InputError, Notes, _line, count, some
 from state_esm_features.embedding.downloads import arc_table_path
@@ -33,16 +31,11 @@ class Table:
         {gene symbol: tensor}; memory-mapped, so a vector is read when it is used.
     width
         Length of every vector.
-    file, shift
-        The open file, and what to add to the address of a mapped vector to have its place in it;
-        None and 0 if the file is laid out in another way. See `_place_in_file`.
     """
 
     path: Path
     vectors: Mapping[str, torch.Tensor]
     width: int
-    file: BinaryIO | None = None
-    shift: int = 0
 
     @property
     def symbols(self) -> Iterable[str]:
@@ -79,10 +72,7 @@ class Table:
         """Vector of a gene as float32 (width,), a copy that owns its memory."""
         import torch
 
-        vector = self.vectors[gene].detach()
-        if self.file is not None and vector.is_contiguous():
-            vector = _read_at(self.file, vector.data_ptr() + self.shift, vector)
-        return vector.reshape(-1).to(torch.float32, copy=True)
+        return self.vectors[gene].detach().reshape(-1).to(torch.float32, copy=True)
 
 
 def load_table(path: Path, notes: Notes) -> Table:
@@ -124,55 +114,7 @@ def load_table(path: Path, notes: Notes) -> Table:
         seen = some(f"{w} ({gene!r})" for w, gene in widths.items())
         raise InputError(f"{path}: vectors of different widths: {seen}; one table, one width")
     _check_dtypes(path, content, notes)
-    return Table(path, content, next(iter(widths)), *_place_in_file(path, content))
-
-
-def _place_in_file(
-    path: Path, vectors: Mapping[str, torch.Tensor]
-) -> tuple[BinaryIO, int] | tuple[()]:
-    """The open file, and the shift from the address of a mapped vector to its place in it.
-
-    Of a mapped file the kernel holds far more than what is looked at: all 400 MB of Arc's table for
-    2,000 of its vectors. torch.save writes a zip archive of storages, which torch.load maps whole,
-    so one shift holds for all. It is taken if the first and the last storage agree about it, and
-    the vectors read there are the mapped ones.
-    """
-    import struct
-    import zipfile
-
-    import torch
-
-    if not zipfile.is_zipfile(path) or path.suffix.lower() == ".npz":
-        return ()
-    with zipfile.ZipFile(path) as archive:
-        data = (m for m in archive.infolist() if re.search(r"/data/\d+$", m.filename))
-        stored = [member.header_offset for member in data]
-    file = path.open("rb")
-    with contextlib.suppress(OSError, ValueError, RuntimeError, struct.error):  # no such places
-        contiguous = (v for v in vectors.values() if v.is_contiguous())
-        mapped = {v.untyped_storage().data_ptr(): v for v in contiguous}
-        shifts = set()
-        for header, address in ((min(stored), min(mapped)), (max(stored), max(mapped))):
-            file.seek(header + 26)  # in the local header: 30 bytes, a name and an extra field
-            lengths = struct.unpack("<HH", file.read(4))
-            shifts.add(header + 30 + sum(lengths) - address)
-        [shift] = shifts
-        for vector in (mapped[min(mapped)], mapped[max(mapped)]):
-            there = _read_at(file, vector.data_ptr() + shift, vector)
-            if not torch.equal(there.view(torch.uint8), vector.view(torch.uint8)):  # NaN too
-                raise ValueError("other bytes")
-        return file, shift
-    file.close()
-    return ()
-
-
-def _read_at(file: BinaryIO, place: int, like: torch.Tensor) -> torch.Tensor:
-    """As many values of the same type and shape as `like` has, from a place in a file."""
-    import torch
-
-    file.seek(place)
-    content = bytearray(file.read(like.nbytes))
-    return torch.frombuffer(content, dtype=like.dtype).reshape(like.shape)
+    return Table(path, content, next(iter(widths)))
 
 
 def _read_npz(path: Path) -> dict[str, torch.Tensor]:

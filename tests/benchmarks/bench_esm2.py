@@ -139,7 +139,7 @@ def cached(folder: Path, proteins: int = 20_000, width: int = 1280) -> None:
     (folder / "all.fasta").write_text("".join(f">P{i}\n{s}\n" for i, s in enumerate(sequences)))
     sha256 = sha256_of(folder / "model.pt")
     recipe = Recipe(sha256, 1, "mean", "window", "float32", ENCODER)
-    cache = Cache(folder / "esm2_vectors.sqlite")
+    cache = Cache(folder)
     for sequence in sequences:
         cache.put(recipe.key(sequence), torch.randn(width))
     command = [sys.executable, str(ROOT / "create_esm_pert_features.py"), "--all-genes"]
