@@ -71,11 +71,12 @@ def first_given(*layers: Mapping[str, Any]) -> dict[str, Any]:
     Aliases add up, name by name.
     """
     options: dict[str, Any] = {}
-    aliases: dict[str, tuple[str, str]] = {}
+    aliases: list[tuple[str, str]] = []
     for layer in layers:
         options |= left_to(layer, options)
-        aliases = {old: (old, new) for old, new in layer.get("alias", ())} | aliases
-    return options | ({"alias": tuple(aliases.values())} if aliases else {})
+        firmer = {old for old, _ in aliases}
+        aliases += [pair for pair in layer.get("alias", ()) if pair[0] not in firmer]
+    return options | ({"alias": tuple(aliases)} if aliases else {})
 
 
 def read_table(table: Any, known: Mapping[str, Field[Any]]) -> dict[str, Any]:

@@ -47,8 +47,12 @@ from state_esm_features.options import add_options, as_words, first_given, make,
                 {"alias": (("A", "X"), ("C", "D"))},
                 {"alias": (("C", "Y"),)},
             ],
-            {"alias": (("C", "D"), ("A", "B"))},
+            {"alias": (("A", "B"), ("C", "D"))},
         ),
+        (
+            [{"alias": [("A", "B"), ("A", "C")]}],
+            {"alias": (("A", "B"), ("A", "C"))},
+        ),  # to be refused
     ],
 )
 def test_the_firmest_saying_holds(layers: list[Mapping[str, Any]], holds: dict[str, Any]) -> None:
