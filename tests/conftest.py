@@ -83,6 +83,10 @@ def run_script(
     return Result(process.wait(), *process.communicate())
 
 
+NO_HASH_SEED = "os.environ.pop('PYTHONHASHSEED', None)"
+"""`before` of a script that is to see none, whatever the tests run under."""
+
+
 def run_state(*words: object, cwd: Path) -> Result:
     """State's command line in a process of its own that has the imports done."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith("TORCH_FORCE")}
