@@ -31,6 +31,10 @@ settings.register_profile(
 )
 settings.load_profile("patient")
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # several tests at once: a core for each
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 SMALL = Screen(perturbed=10, families=3, width=8, genes=30, cells=12, controls=24, batches=2)
 
 
