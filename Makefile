@@ -6,8 +6,8 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 VENV ?= .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := -c constraints.txt
-# two files of tests at once
-AT_ONCE := -n 2 --dist loadfile
+# two tests at once; a process that has none left takes half of those of the other
+AT_ONCE := -n 2 --dist worksteal
 
 .PHONY: demo demo-data evaluate test test-slow test-today check clean
 

@@ -17,9 +17,9 @@ import anndata
 import pytest
 import torch
 from demo_data import Screen, simulate, vectors
+from forks import PATIENCE, ROOT, SCRIPT, STATE, Fork, end_server
 from hypothesis import HealthCheck, settings
 
-ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 # cell-load reads no nullable strings, which anndata 0.13 writes for every index
@@ -31,9 +31,9 @@ settings.register_profile(
 )
 settings.load_profile("patient")
 
-PATIENCE = 1800
-"""Seconds after which a test that hangs is given up: the only clock of the tests. What they check
-depends on what happened, so they hold on a slow and on a busy machine."""
+if "PYTEST_XDIST_WORKER" in os.environ:  # several tests at once: a core for each
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SMALL = Screen(perturbed=10, families=3, width=8, genes=30, cells=12, controls=24, batches=2)
 
@@ -47,8 +47,8 @@ class Result:
     err: str
 
 
-def run_script(name: str, *arguments: object, cwd: Path, **options: object) -> Result:
-    """Run `name`.py in a process of its own, as from a shell."""
+def run_process(name: str, *arguments: object, cwd: Path, **options: object) -> Result:
+    """Run `name`.py in a Python of its own, as from a shell: where the start is what matters."""
     done = subprocess.run(
         [sys.executable, str(ROOT / f"{name}.py"), *map(str, arguments)],
         cwd=cwd,
@@ -58,6 +58,48 @@ def run_script(name: str, *arguments: object, cwd: Path, **options: object) -> R
         **options,  # type: ignore[call-overload]
     )
     return Result(done.returncode, done.stdout, done.stderr)
+
+
+def script_fork(name: str, *arguments: object, cwd: Path, err: Path | None = None) -> Fork:
+    """`name`.py begun in a process of its own that has the imports done."""
+    return Fork(SCRIPT, (ROOT / f"{name}.py", *arguments), cwd, err=err, whole_end=True)
+
+
+def run_script(
+    name: str,
+    *arguments: object,
+    cwd: Path,
+    before: str = "",
+    env: dict[str, str] | None = None,
+) -> Result:
+    """Run `name`.py in a process of its own that has the imports done.
+
+    Parameters
+    ----------
+    before
+        Python code that the process executes first.
+    env
+        Another environment, which imports may read: then it does them itself.
+    """
+    if env is not None:
+        return run_process(name, *arguments, cwd=cwd, env=env)
+    process = Fork(f"{before}\n{SCRIPT}", (ROOT / f"{name}.py", *arguments), cwd)
+    return Result(process.wait(), *process.communicate())
+
+
+NO_HASH_SEED = "os.environ.pop('PYTHONHASHSEED', None)"
+"""`before` of a script that is to see none, whatever the tests run under."""
+
+
+def run_state(*words: object, cwd: Path) -> Result:
+    """State's command line in a process of its own that has the imports done."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("TORCH_FORCE")}
+    process = Fork(STATE, ("state", *words), cwd, clean)
+    return Result(process.wait(), *process.communicate())
+
+
+def pytest_sessionfinish() -> None:
+    end_server()
 
 
 class Process(Protocol):
@@ -120,9 +162,7 @@ def asleep(pid: int) -> bool:
 
 
 @contextlib.contextmanager
-def caught(
-    begin: Callable[[], subprocess.Popen[str]], there: Callable[[], bool]
-) -> Iterator[subprocess.Popen[str]]:
+def caught(begin: Callable[[], Fork], there: Callable[[], bool]) -> Iterator[Fork]:
     """A process that is suspended while `there()` holds.
 
     On a busy machine a look may come too late, when the process has ended well: then it is begun

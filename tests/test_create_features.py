@@ -8,7 +8,6 @@ import json
 import math
 import os
 import platform
-import resource
 import signal
 import subprocess
 import sys
@@ -19,7 +18,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import PATIENCE, ROOT, Result, caught, run_script, until
+from conftest import (
+    PATIENCE,
+    ROOT,
+    Result,
+    caught,
+    run_process,
+    run_script,
+    script_fork,
+    until,
+)
+from forks import Fork
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -494,7 +503,7 @@ def test_same_inputs_give_the_same_bytes_whatever_the_name_or_hash_seed(project:
     )
     runs = []
     for name, hash_seed in (("a.pt", "0"), ("elsewhere/long_name.pt", "1"), ("c.bin", "2")):
-        done = run_script(
+        done = run_process(
             *("create_esm_pert_features", "--from-toml", "two.toml", *IN_TABLE, "--output", name),
             *("--alias", "NOT1=A", "--alias", "NOT2=B", "--alias", "NOT3=B", "--missing", "mean"),
             *("--ablation", "shuffle"),
@@ -601,7 +610,7 @@ def test_files_are_as_readable_as_any_other_file_of_the_user(
 
 
 def test_stdout_holds_the_output_path_and_nothing_else(project: Path) -> None:
-    done = run_script(
+    done = run_process(
         *("create_esm_pert_features", "--from-toml", "config.toml", *IN_TABLE),
         *("--output", "deep/er/o.pt"),
         cwd=project,
@@ -743,6 +752,9 @@ FULL = (
 )
 
 
+LIMIT = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}))"
+
+
 @pytest.mark.parametrize("old", ["ours", "not ours", "none"])
 @pytest.mark.parametrize("which", ["features", "manifest"])
 def test_a_disk_that_fills_up_leaves_the_old_files_as_they_were(
@@ -762,7 +774,7 @@ def test_a_disk_that_fills_up_leaves_the_old_files_as_they_were(
     done = run_script(
         *("create_esm_pert_features", *arguments),
         cwd=tmp_path,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+        before=LIMIT.format(limit),
     )
     assert done == Result(1, "", FULL.format("" if which == "features" else ".json"))
     assert files(tmp_path) == before
@@ -776,7 +788,7 @@ def test_a_report_that_does_not_fit_is_an_error(
     done = run_script(
         *("create_esm_pert_features", *arguments, "--report", "o.pt.tsv"),
         cwd=tmp_path,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)),
+        before=LIMIT.format(1000),
     )
     assert done == Result(1, "", FULL.format(".tsv"))
     assert files(tmp_path) == before
@@ -791,15 +803,10 @@ def big_table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run_on_big(folder: Path, table: Path, *labels: str) -> subprocess.Popen[str]:
+def run_on_big(folder: Path, table: Path, *labels: str) -> Fork:
     """Start a look-up of `labels` in `big_table`, which takes a while."""
-    return subprocess.Popen(
-        [
-            *(sys.executable, ROOT / "create_esm_pert_features.py", *labels),
-            *("--esm-embeddings", table, *OUT, "--quiet"),
-        ],
-        **{"cwd": folder, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True},
-    )
+    words = (*labels, "--esm-embeddings", table, *OUT, "--quiet")
+    return script_fork("create_esm_pert_features", *words, cwd=folder)
 
 
 def written(folder: Path) -> int:
@@ -831,7 +838,7 @@ def test_a_signal_in_the_middle_of_the_write_leaves_the_old_files_as_they_were(
     (tmp_path / "many.txt").write_text("\n".join(f"G{i}" for i in range(200)))
     before = files(tmp_path)
 
-    def begin() -> subprocess.Popen[str]:
+    def begin() -> Fork:
         for name in files(tmp_path).keys() - before.keys():  # of one that was looked at too late
             (tmp_path / name).unlink()
         for name, content in before.items():
@@ -853,7 +860,7 @@ def test_a_signal_before_the_write_leaves_nothing(tmp_path: Path, big_table: Pat
     """While 200 MB are being looked up: as soon as the process has the table mapped."""
     processes = []
 
-    def begin() -> subprocess.Popen[str]:
+    def begin() -> Fork:
         for name in files(tmp_path):  # of one that was looked at too late
             (tmp_path / name).unlink()
         processes.append(run_on_big(tmp_path, big_table, "--all-genes"))

@@ -6,18 +6,17 @@ import contextlib
 import json
 import random
 import signal
-import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_script, until
+from conftest import run_script, script_fork, until
+from forks import Fork
 
 
-def has_written(folder: Path, old: set[Path], size: int, process: subprocess.Popen[bytes]) -> bool:
+def has_written(folder: Path, old: set[Path], size: int, process: Fork) -> bool:
     """Whether a run has a new temporary file of that size, or needs none any more."""
     if process.poll() is not None:
         return True
@@ -41,9 +40,8 @@ def test_kill_9_at_any_moment_leaves_whole_files(tmp_path: Path, kills: int) -> 
     moments = random.Random(kills)
     in_time = 0
     while in_time < kills:  # not counting those that came too late
-        command = [sys.executable, str(ROOT / "create_esm_pert_features.py"), *arguments]
         old = set(tmp_path.iterdir())
-        process = subprocess.Popen(command, cwd=tmp_path, stdout=-3, stderr=-3)
+        process = script_fork("create_esm_pert_features", *arguments, cwd=tmp_path)
         size = int(moments.uniform(0, 1) * len(whole[()]))
         until(partial(has_written, tmp_path, old, size, process))
         # before it, in it or after it: what is asserted below holds whatever the moment is

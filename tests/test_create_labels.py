@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 import torch
 from cell_load.data_modules import PerturbationDataModule
-from conftest import PATIENCE, ROOT, Result
+from conftest import PATIENCE, ROOT, Result, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -367,14 +367,9 @@ def test_files_in_subfolders_of_a_dataset_are_named_once(
     assert said("data/**") == []
     # another dataset reads it
     config = toml(tmp_path / "c.toml", "data", "data/one")
-    create = subprocess.run(
-        [
-            *(sys.executable, str(ROOT / "create_esm_pert_features.py"), "--from-toml", config),
-            *(*TABLE, "--output", "o.pt", "--quiet"),
-        ],
-        **{"cwd": tmp_path, "capture_output": True, "text": True},
-    )
-    assert (create.returncode, create.stderr) == (0, "")
+    words = ("--from-toml", config, *TABLE, "--output", "o.pt", "--quiet")
+    created = run_script("create_esm_pert_features", *words, cwd=tmp_path)
+    assert created == Result(0, "o.pt\n", "")
     (tmp_path / "data/top.h5ad").unlink()
     assert said("data") == [
         "dataset 'set0': no .h5 or .h5ad file at data: cell-load does not look into sub-folders. "

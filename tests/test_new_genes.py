@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 import scipy.sparse
 import torch
-from conftest import PATIENCE, ROOT, SMALL, Result, run_script, until
+from conftest import PATIENCE, ROOT, SMALL, Result, run_script, run_state, until
 from demo_data import simulate, template, vectors
+from forks import Fork
 from h5ad_forms import SETTING, nullable, nullable_categories, old_categorical, plain_text
 from random_esm2 import write_checkpoint
-from test_train_run import FAST, FILES, TINY, make_screen, run_json, stock_command
+from test_train_run import FAST, FILES, TINY, make_screen, run_json
 
 import create_esm_pert_features as script
 import train_with_esm_features
@@ -212,11 +213,8 @@ def test_run_on_an_embedding_is_predicted_by_the_command_that_it_prints(
         refused(check(wanted), f"{path} {problem}")
         wanted.obsm["X_emb"] = plain
     assert check(wanted).code == 0
-    predicted = subprocess.run(
-        [Path(sys.executable).with_name("state"), *command[1:]],
-        **{"cwd": tmp_path, "capture_output": True, "text": True},
-    )
-    assert predicted.returncode == 0, predicted.stderr
+    predicted = run_state(*command[1:], cwd=tmp_path)
+    assert predicted.code == 0, predicted.err
     cells = anndata.read_h5ad(tmp_path / "prediction.h5ad")
     assert cells.shape == wanted.shape
     assert np.isfinite(cells.obsm["X_emb"]).all()
@@ -435,8 +433,8 @@ def test_batches_of_a_template_are_held_against_those_that_the_model_reads(
         "would end in a KeyError. Add it, with batches of the training data",
     )
     flags = ("--model-dir", tmp_path / "run", "--pert-col", "target_gene", "--adata", wanted)
-    died = stock_command("tx", "infer", *flags, "--output", tmp_path / "p.h5ad", cwd=tmp_path)
-    assert (died.returncode, died.stderr.splitlines()[-1]) == (1, "KeyError: 'batch'")
+    died = run_state("tx", "infer", *flags, "--output", tmp_path / "p.h5ad", cwd=tmp_path)
+    assert (died.code, died.err.splitlines()[-1]) == (1, "KeyError: 'batch'")
 
 
 def test_genes_of_a_template_do_not_matter_to_a_run_on_an_embedding(
@@ -586,12 +584,12 @@ def test_prediction_of_an_added_gene_is_that_of_a_map_that_always_had_it(
 ) -> None:
     def infer(run_dir: Path) -> np.ndarray:
         output = tmp_path / "prediction.h5ad"
-        done = stock_command(
+        done = run_state(
             *("tx", "infer", "--model-dir", run_dir, "--pert-col", "target_gene"),
             *("--adata", folder / "wanted.h5ad", "--output", output, "--quiet"),
             cwd=tmp_path,
         )
-        assert done.returncode == 0, done.stderr
+        assert done.code == 0, done.err
         predicted = anndata.read_h5ad(output)
         return np.asarray(predicted[predicted.obs["target_gene"] == NEW].X)
 
@@ -631,8 +629,8 @@ def test_resumed_run_keeps_what_was_added(add: Any, run: Path, folder: Path) -> 
         0,
         f"up to date: {run} finished with the same inputs",
     )
-    predicted = stock_command("tx", "predict", "--output-dir", run, "--predict-only", cwd=folder)
-    assert predicted.returncode == 0, predicted.stderr[-2000:]
+    predicted = run_state("tx", "predict", "--output-dir", run, "--predict-only", cwd=folder)
+    assert predicted.code == 0, predicted.err[-2000:]
 
 
 def test_features_that_make_way_take_added_labels_with_them_and_that_is_said(
@@ -935,10 +933,9 @@ def test_a_run_of_an_earlier_version_goes_on_and_says_so_once(
 
 # Only how long it waits is another than the script's: however long the others take to begin.
 PATIENTLY = (
-    "import sys, create_esm_pert_features as script\n"
     "from state_esm_features.training import new_labels\n"
     f"new_labels.WAIT_SECONDS = {PATIENCE}\n"
-    "sys.exit(script.main(sys.argv[1:]))"
+    "sys.exit(create_esm_pert_features.main(sys.argv[1:]))"
 )
 
 
@@ -951,11 +948,8 @@ def test_several_processes_add_to_one_run(run: Path, tmp_path: Path) -> None:
     with run_lock(run, "testing"):
         for gene in ours:
             (tmp_path / f"{gene}.txt").write_text(f"{gene}\nSIMEXTRA009\n")
-            command = [sys.executable, "-c", PATIENTLY]
-            command += ["--gene-list", str(tmp_path / f"{gene}.txt"), "--into-run", str(run)]
-            env = {**os.environ, "PYTHONPATH": str(ROOT)}
-            with (tmp_path / f"{gene}.err").open("w") as err:
-                processes.append(subprocess.Popen(command, stderr=err, env=env))
+            words = ("-c", "--gene-list", tmp_path / f"{gene}.txt", "--into-run", run)
+            processes.append(Fork(PATIENTLY, words, Path.cwd(), err=tmp_path / f"{gene}.err"))
         for gene, process in zip(ours, processes, strict=True):
             said = tmp_path / f"{gene}.err"
             until(lambda said=said: waits in said.read_text(), process, said)
@@ -1027,14 +1021,19 @@ def test_challenge_path_of_the_readme_runs_as_typed(
     for words in readme_commands():
         name = f"{words[1].split('_')[0]} {words[2]}" if words[0] == "python" else words[0]
         name = f"{words[0]} {words[1]}" if words[0] == "cell-eval" else name
-        program = [sys.executable, str(ROOT / words[1])] if words[0] == "python" else None
-        program = program or [str(Path(sys.executable).with_name(words[0])), words[1]]
-        command = [*program, *words[2:], *map(str, more.get(name, ()))]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, (command, done.stderr)
+        rest = [*words[1:], *map(str, more.get(name, ()))]
+        if words[0] == "python":
+            done = run_script(rest[0].removesuffix(".py"), *rest[1:], cwd=tmp_path)
+        elif words[0] == "state":
+            done = run_state(*rest, cwd=tmp_path)
+        else:
+            command = [Path(sys.executable).with_name(words[0]), *rest]
+            ended = subprocess.run(command, capture_output=True, text=True)
+            done = Result(ended.returncode, ended.stdout, ended.stderr)
+        assert done.code == 0, (words, done.err)
         ran.append(name)
         if name == "state":
-            assert "not in mapping" not in done.stdout
+            assert "not in mapping" not in done.out
     assert ran == [
         *("create --from-toml", "train --config", "create --into-run", "state", "cell-eval prep"),
     ]

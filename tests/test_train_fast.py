@@ -23,8 +23,9 @@ import pandas as pd
 import pytest
 import scipy.sparse
 import torch
-from conftest import PATIENCE, ROOT, SMALL, Result, caught, until
+from conftest import PATIENCE, ROOT, SMALL, Result, caught, script_fork, until
 from demo_data import CONTROL, simulate
+from forks import Fork
 from h5ad_forms import (
     OLD_PANDAS,
     SETTING,
@@ -919,21 +920,20 @@ def big_folder(folder: Path, big: Path) -> Path:
 
 
 def start_rewriting(
-    folder: Path, words: tuple[str, ...], *more: str, stderr: Any = subprocess.PIPE
-) -> subprocess.Popen[str]:
-    command = [sys.executable, str(ROOT / "train_with_esm_features.py"), *words, *more]
-    command += ["--max-steps", "1", "--fast-loading", *TINY]
-    return subprocess.Popen(command, cwd=folder, stderr=stderr, text=True)
+    folder: Path, words: tuple[str, ...], *more: str, err: Path | None = None
+) -> Fork:
+    words = (*words, *more, "--max-steps", "1", "--fast-loading", *TINY)
+    return script_fork("train_with_esm_features", *words, cwd=folder, err=err)
 
 
 @contextlib.contextmanager
 def caught_rewriting(
     folder: Path, words: tuple[str, ...], *more: str
-) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+) -> Iterator[tuple[Fork, Path]]:
     """A run that is suspended while it writes rows into a copy, and its temporary folder."""
     cache = folder / "runs/data_cache"
 
-    def begin() -> subprocess.Popen[str]:
+    def begin() -> Fork:
         shutil.rmtree(folder / "runs", ignore_errors=True)  # of one that was looked at too late
         return start_rewriting(folder, words, *more)
 
@@ -983,8 +983,7 @@ def test_two_runs_at_once_write_one_copy_and_both_finish(
     cache, waited = big_folder / "runs/data_cache", "another process is rewriting"
     saying = big_folder / "second.err"
     with caught_rewriting(big_folder, words, "--name", "first") as (first, half):
-        with saying.open("w") as err:
-            second = start_rewriting(big_folder, words, "--name", "second", stderr=err)
+        second = start_rewriting(big_folder, words, "--name", "second", err=saying)
         try:  # the first is held until the second has found it at work
             until(lambda: waited in saying.read_text(), second, saying)
             assert half.exists()

@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 import scipy.sparse
 import torch
-from conftest import SMALL, Result
+from conftest import SMALL, Result, run_state
 from demo_data import simulate
 from h5ad_forms import SETTING
-from test_train_run import FAST, make_screen, run_json, stock_command
+from test_train_run import FAST, make_screen, run_json
 
 import create_esm_pert_features
 import train_with_esm_features as script
@@ -429,8 +429,8 @@ def test_mean_baseline_resumes_and_its_test_cells_are_predicted_by_the_command_i
     assert last == (
         f"predict   state tx predict --output-dir {run_dir} --checkpoint final.ckpt --predict-only"
     )
-    done = stock_command(*shlex.split(last)[2:], cwd=folder)
-    assert done.returncode == 0, done.stderr
+    done = run_state(*shlex.split(last)[2:], cwd=folder)
+    assert done.code == 0, done.err
     predicted = anndata.read_h5ad(run_dir / "eval_final.ckpt" / "adata_pred.h5ad")
     means = torch.load(run_dir / "checkpoints" / "final.ckpt", weights_only=True)
     assert set(means["celltype_pert_means"]) == {"simA", "simB"}

@@ -35,66 +35,16 @@ import psutil
 import pytest
 import torch
 from conftest import PATIENCE, ROOT, SMALL, asleep, suspend, until
+from forks import server
 from test_train_run import FILES, TINY, checkpoint, make_screen, run_json
 
 from state_esm_features.training.checkpoints import checkpoint_steps, intact
-
-SERVER = """
-import json, os, sys
-sys.path.insert(0, ROOT)
-import torch._dynamo, lightning.pytorch, transformers, matplotlib.figure, state._cli
-import cell_load.data_modules, state.tx.utils, state.tx.models.state_transition
-import train_with_esm_features
-
-for line in sys.stdin:
-    job = json.loads(line)
-    if "wait" in job:
-        pid, status = os.waitpid(job["wait"], os.WNOHANG)
-        print(os.waitstatus_to_exitcode(status) if pid else "running", flush=True)
-        continue
-    pid = os.fork()
-    if pid == 0:
-        break
-    print(pid, flush=True)
-else:
-    sys.exit()
-os.setsid()
-os.chdir(job["cwd"])
-os.environ.update(job["env"])
-os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-for number, name in ((1, job["out"]), (2, job["err"])):
-    os.dup2(os.open(name, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o644), number)
-sys.argv = [ROOT + "/train_with_esm_features.py", *job["words"]]
-exec(job["code"])
-"""
-
-
-class Server:
-    """Starts trainings in processes of their own, forked after the imports."""
-
-    def __init__(self) -> None:
-        code = SERVER.replace("ROOT", repr(str(ROOT)))
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", code],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.lock = threading.Lock()
-
-    def ask(self, **job: Any) -> str:
-        assert self.process.stdin and self.process.stdout
-        with self.lock:
-            self.process.stdin.write(json.dumps(job) + "\n")
-            self.process.stdin.flush()
-            return self.process.stdout.readline().strip()
 
 
 @dataclass
 class Run:
     """A training that runs, in a process group of its own."""
 
-    server: Server
     pid: int
     out_file: Path
     err_file: Path
@@ -110,8 +60,7 @@ class Run:
 
     def poll(self) -> int | None:
         if self.code is None:
-            answer = self.server.ask(wait=self.pid)
-            self.code = None if answer == "running" else int(answer)
+            self.code = server().code(self.pid)
         return self.code
 
     def running(self) -> bool:
@@ -161,15 +110,6 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    server = Server()
-    yield server
-    assert server.process.stdin
-    server.process.stdin.close()
-    server.process.wait(PATIENCE)
-
-
-@pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with screen, TOML and features, which no test changes."""
     return make_screen(tmp_path_factory.mktemp("screen"), {"sim": SMALL})
@@ -208,7 +148,6 @@ def gated(hook: str, here: Path) -> str:
 
 
 def start(
-    server: Server,
     place: Path,
     number: int,
     words: tuple[object, ...],
@@ -219,15 +158,14 @@ def start(
     """Start a training of place/runs/run."""
     out, err = (place / f"{number}.{name}" for name in ("out", "err"))
     where = ("--output-dir", place / "runs", "--name", "run", "--batch-size", 2)
-    command = [str(w) for w in (*words, *where, *TINY)]
-    job = {"out": str(out), "err": str(err), "cwd": str(cwd), "env": env or {}, "code": code}
-    run = Run(server, int(server.ask(words=command, **job)), out, err)
+    argv = [str(w) for w in (ROOT / "train_with_esm_features.py", *words, *where, *TINY)]
+    run = Run(server().begin(code, argv, cwd, os.environ | (env or {}), out, err), out, err)
     until(err.exists)
     return run
 
 
 @pytest.fixture
-def begin(server: Server, folder: Path, tmp_path: Path) -> Iterator[Start]:
+def begin(folder: Path, tmp_path: Path) -> Iterator[Start]:
     """Start a training of tmp_path/runs/run in a process of its own."""
     runs: list[Run] = []
 
@@ -238,7 +176,7 @@ def begin(server: Server, folder: Path, tmp_path: Path) -> Iterator[Start]:
         files: tuple[str, ...] = FILES,
         code: str = MAIN_CODE,
     ) -> Run:
-        runs.append(start(server, tmp_path, len(runs), (*files, *words), cwd, env, code))
+        runs.append(start(tmp_path, len(runs), (*files, *words), cwd, env, code))
         return runs[-1]
 
     yield begin
@@ -782,11 +720,11 @@ def test_folder_of_temporary_files_may_be_full(
 
 
 @pytest.fixture(scope="module")
-def of_four_steps(server: Server, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def of_four_steps(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run directory with last, final (4), step=3 and best (2); which no test changes."""
     place = tmp_path_factory.mktemp("four")
     words = ("--max-steps", 4, "--val-freq", 2, "--ckpt-every-n-steps", 3, "--num-workers", 0)
-    run = start(server, place, 0, (*FILES, *words), folder)
+    run = start(place, 0, (*FILES, *words), folder)
     assert_finished(run, place / "runs/run", 4)
     return place / "runs/run"
 

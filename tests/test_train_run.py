@@ -16,7 +16,16 @@ import anndata
 import numpy as np
 import pytest
 import torch
-from conftest import PATIENCE, ROOT, SMALL, Result, run_script, until
+from conftest import (
+    NO_HASH_SEED,
+    PATIENCE,
+    SMALL,
+    Result,
+    run_script,
+    run_state,
+    script_fork,
+    until,
+)
 from demo_data import simulate, template
 from run_demo import SMALL_MODEL
 
@@ -158,11 +167,10 @@ def test_weights_are_bit_identical_to_the_stock_command(
 def test_two_datasets_train_the_same_weights_every_time(tmp_path: Path) -> None:
     screens = {f"sim{n}": replace(SMALL, seed=n) for n in range(4)}  # in another order, other cells
     folder = make_screen(tmp_path, screens)
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONHASHSEED"}
     weights = []
-    for name in ("a", "b", "c"):
-        flags = (*FILES, *FAST, "--max-steps", 2, "--name", name)
-        done = run_script("train_with_esm_features", *flags, *TINY, cwd=folder, env=env)
+    for name in ("a", "b", "c"):  # each is begun anew by the script itself
+        words = (*FILES, *FAST, "--max-steps", 2, "--name", name, *TINY)
+        done = run_script("train_with_esm_features", *words, cwd=folder, before=NO_HASH_SEED)
         assert done.code == 0, done.err
         weights.append(checkpoint(folder / "runs" / name, "final")["state_dict"])
         assert run_json(folder / "runs" / name)["python_hash_seed"] == "0"
@@ -304,12 +312,12 @@ def test_stock_infer_works_as_typed(
     _, result = finished
     command = result.err.splitlines()[-1].removeprefix("predict   ")
     words = shlex.split(command.replace("TEMPLATE.h5ad", str(screen_dir / "template.h5ad")))
-    done = stock_command(*words[1:], cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = run_state(*words[1:], cwd=tmp_path)
+    assert done.code == 0, done.err
     predicted = anndata.read_h5ad(tmp_path / "prediction.h5ad")
     assert predicted.shape == anndata.read_h5ad(screen_dir / "template.h5ad").shape
     assert np.isfinite(predicted.X).all()
-    assert "not in mapping" not in done.stdout
+    assert "not in mapping" not in done.out
     unseen = predicted[predicted.obs["target_gene"] == "SIM004"].X
     control = predicted[predicted.obs["target_gene"] == "non-targeting"].X
     assert not np.allclose(unseen.mean(0), control.mean(0), atol=1e-4)
@@ -320,8 +328,8 @@ def test_stock_predict_works_as_typed_from_any_folder(
 ) -> None:
     run_dir, _ = finished
     words = ("tx", "predict", "--output-dir", run_dir, "--predict-only")
-    done = stock_command(*words, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = run_state(*words, cwd=tmp_path)
+    assert done.code == 0, done.err[-2000:]
     predictions = list(run_dir.glob("eval_last.ckpt/*pred*.h5ad"))
     assert len(predictions) == 1
     predicted = anndata.read_h5ad(predictions[0])
@@ -592,10 +600,7 @@ def stop_while_training(screen_dir: Path, tmp_path: Path, name: str) -> tuple[in
     import signal
 
     flags = (*FILES, *FAST, "--max-steps", 100_000, "--output-dir", tmp_path, "--name", "run")
-    command = [sys.executable, ROOT / "train_with_esm_features.py", *flags, *TINY]
-    process = subprocess.Popen(
-        [str(w) for w in command], cwd=screen_dir, stderr=subprocess.PIPE, text=True
-    )
+    process = script_fork("train_with_esm_features", *flags, *TINY, cwd=screen_dir)
     until((tmp_path / "run/checkpoints/last.ckpt").exists, process)
     process.send_signal(getattr(signal, name))
     _, err = process.communicate(timeout=PATIENCE)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 import toml
-from conftest import ROOT, Result, run_script
+from conftest import NO_HASH_SEED, ROOT, Result, run_script
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -453,10 +452,8 @@ def test_two_datasets_run_under_a_fixed_hash_seed(
     ready: Path, given_seed: str | None, expected: str
 ) -> None:
     two_datasets(ready)
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONHASHSEED"}
-    if given_seed:
-        env["PYTHONHASHSEED"] = given_seed
-    done = run_script("train_with_esm_features", *FILES, "--dry-run", cwd=ready, env=env)
+    before = f"os.environ['PYTHONHASHSEED'] = {given_seed!r}" if given_seed else NO_HASH_SEED
+    done = run_script("train_with_esm_features", *FILES, "--dry-run", cwd=ready, before=before)
     assert done.code == 0, done.err
     assert done.out.startswith(f"PYTHONHASHSEED={expected} state tx train data.kwargs.toml_config")
     assert done.err.startswith("run  ")  # once, and without a warning
@@ -468,16 +465,16 @@ def test_ablation_is_announced_once_and_first_by_the_second_start(
 ) -> None:
     make_features(create, "--ablation", "shuffle")
     two_datasets(ready)
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONHASHSEED"}
-    done = run_script("train_with_esm_features", *FILES, "--dry-run", cwd=ready, env=env)
+    words = (*FILES, "--dry-run")
+    done = run_script("train_with_esm_features", *words, cwd=ready, before=NO_HASH_SEED)
     assert done.code == 0, done.err
     assert done.err.startswith("ABLATION: shuffle, seed 42: not real features\nrun  ")
     assert done.err.count("ABLATION") == 1
 
 
 def test_one_dataset_needs_no_hash_seed(ready: Path) -> None:
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONHASHSEED"}
-    done = run_script("train_with_esm_features", *FILES, "--dry-run", cwd=ready, env=env)
+    words = (*FILES, "--dry-run")
+    done = run_script("train_with_esm_features", *words, cwd=ready, before=NO_HASH_SEED)
     assert done.code == 0, done.err
     assert done.out.startswith("state tx train ")
 
