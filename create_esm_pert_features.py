@@ -84,7 +84,7 @@ from state_esm_features.option_groups import (
     misused,
 )
 from state_esm_features.options import add_options, first_given, make
-from state_esm_features.training.new_labels import add_to_run
+from state_esm_features.training.new_labels import add_to_run, resolve_for_run
 from state_esm_features.training.templates import check_template, check_templates, filled_in
 from state_esm_features.training.trained_run import TrainedRun, open_run, options_of_run
 
@@ -206,7 +206,9 @@ def extend_run(
         return 0
     run.manifest()  # refuses a run whose features nobody knows
     names, known = list(labels.names), run.vectors(run.features)
-    added = add_to_run(run, labels, options, command, notes)
+    resolved, vectors = resolve_for_run(run, labels, options, notes)
+    notes.say()
+    added = add_to_run(run, vectors, resolved, options, command, notes)
     problems, doubts = check_templates(run, wanted.adata, wanted.pert_col)
     zeros, filled = filled_in(run, names, known)
     for text in (*problems, *doubts, *zeros, *filled):

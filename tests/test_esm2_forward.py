@@ -28,7 +28,7 @@ from state_esm_features.embedding.downloads import weights_path
 from state_esm_features.embedding.embed import embed, embed_all
 from state_esm_features.embedding.esm2 import Checkpoint, Esm2, open_checkpoint
 from state_esm_features.embedding.fasta import RESIDUES, windows
-from state_esm_features.option_groups import ESM2_URL, ESM2_WIDTHS
+from state_esm_features.option_groups import ESM2_WIDTHS
 
 CPU = torch.device("cpu")
 NAME = "esm2_t6_8M_UR50D"
@@ -443,7 +443,7 @@ def test_a_failed_download_leaves_no_file(
     with pytest.raises(InputError) as failed:
         weights_path(NAME, False)
     assert str(failed.value) == (
-        f"cannot download {ESM2_URL.format(NAME)}: {why}. Run again when it can be "
+        f"cannot download {downloads.ESM2_URL.format(NAME)}: {why}. Run again when it can be "
         "reached, or pass the file with --esm-model FILE"
     )
     assert files(tmp_path) == []

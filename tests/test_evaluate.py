@@ -157,6 +157,21 @@ def test_norman_split_has_genes_of_both_groups(tmp_path: Path) -> None:
         assert len(genes & shared - everywhere) >= 2
 
 
+def test_evaluation_measures_every_method_on_every_perturbation(tmp_path: Path) -> None:
+    """What they are worth after so few steps is nothing: a slow test looks at that."""
+    prepare(tmp_path, BASE)
+    table = tmp_path / "demo" / "simulated_table.pt"
+    methods = ("real", "onehot")
+    study = Study("Small", tmp_path, tmp_path / "demo.toml", table, methods, training=TINY_MODEL)
+    found = evaluate.evaluate(study, seeds=1, steps=2)
+    pairs = pd.read_csv(tmp_path / "pairs.csv")
+    for _, of_method in pairs.groupby("method"):
+        assert set(of_method["perturbation"]) == {*BASE.symbols, BASE.combination}
+    assert {*found["method"]} == {*methods}
+    assert np.isfinite(found["mean"]).all()
+
+
+@pytest.mark.slow
 def test_evaluation_tells_vectors_that_help_from_others(tmp_path: Path) -> None:
     prepare(tmp_path, BASE)
     table = tmp_path / "demo" / "simulated_table.pt"

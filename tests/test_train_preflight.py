@@ -691,6 +691,13 @@ def test_features_made_for_another_control_are_refused(
     refused(
         "ctrl.pt was made for the control 'ctrl', but this run's control is 'non-targeting'; make "
         "it again, or correct --control-pert",
+        args=("--control-pert", CONTROL),
+        features="ctrl.pt",
+    )
+    refused(  # what nothing else says is as the features have it
+        "screen.h5ad: no cell has the control label 'ctrl' in obs column 'target_gene' (did you "
+        "mean non-targeting?). Name it with --control-pert; labels: SIM000, SIM000+SIM001, SIM001, "
+        "SIM002, SIM003, ...",
         features="ctrl.pt",
     )
 

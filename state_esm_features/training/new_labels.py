@@ -112,39 +112,44 @@ def require_recipe_of(
         )
 
 
+def resolve_for_run(
+    run: TrainedRun, labels: Labels, options: FeatureOptions, notes: Notes
+) -> tuple[Resolved | None, dict[str, torch.Tensor]]:
+    """The labels that a run does not know, and {label: vector} by the rules of its own features.
+
+    `labels` are left with these names only.
+    """
+    manifest, known = run.manifest(), run.vectors(run.features)
+    new = [x for x in labels.names if x not in known]
+    if not new:
+        return None, {}
+    labels.names = dict.fromkeys(new)
+    resolved = resolve_labels(labels, options, notes)
+    assert resolved is not None  # only a dry run has no source
+    check_same_model(resolved, run, manifest, options, notes)
+    vectors = new_vectors(resolved, run, manifest, options)
+    others = {x: v for x, v in known.items() if x not in {run.control, *manifest["missing"]}}
+    note_identical(others | with_vectors(resolved.resolutions, vectors), notes, new)
+    missing = options.policy.missing
+    notes.line(summary(resolved.resolutions, labels, resolved.resolver, missing, vectors))
+    return resolved, vectors
+
+
 def add_to_run(
     run: TrainedRun,
-    labels: Labels,
+    vectors: Mapping[str, torch.Tensor],
+    resolved: Resolved | None,
     options: FeatureOptions,
     command: Sequence[str],
     notes: Notes,
 ) -> list[str]:
-    """Give a run the vectors of labels that it does not know, by the rules of its own features.
+    """Give a run the vectors of labels that it does not know; returns these labels.
 
     What is known stays bit for bit. The features of the run come first, then its map, so that a
     run that was cut off in between is mended by the next call.
-
-    Returns
-    -------
-    added
-        These labels.
     """
-    manifest = run.manifest()
-    known = run.vectors(run.features)
-    found, resolved = dict[str, Any](), None
-    new = [x for x in labels.names if x not in known]
-    if new:
-        labels.names = dict.fromkeys(new)
-        resolved = resolve_labels(labels, options, notes)
-        assert resolved is not None  # only a dry run has no source
-        check_same_model(resolved, run, manifest, options, notes)
-        found = new_vectors(resolved, run, manifest, options)
-        others = {x: v for x, v in known.items() if x not in {run.control, *manifest["missing"]}}
-        note_identical(others | with_vectors(resolved.resolutions, found), notes, new)
-        missing = options.policy.missing
-        notes.line(summary(resolved.resolutions, labels, resolved.resolver, missing, found))
     with run_lock(run.folder, "adding labels to", WAIT_SECONDS):
-        return write_into_run(run, found, resolved, options, command, notes)
+        return write_into_run(run, vectors, resolved, options, command, notes)
 
 
 def new_vectors(
