@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -326,7 +327,7 @@ def test_stock_infer_works_as_typed(
 def test_stock_predict_works_as_typed_from_any_folder(
     finished: tuple[Path, Result], tmp_path: Path
 ) -> None:
-    run_dir, _ = finished
+    run_dir = Path(shutil.copytree(finished[0], tmp_path / "run"))
     words = ("tx", "predict", "--output-dir", run_dir, "--predict-only")
     done = run_state(*words, cwd=tmp_path)
     assert done.code == 0, done.err[-2000:]
