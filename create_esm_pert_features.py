@@ -204,9 +204,8 @@ def extend_run(
     if given.get("dry_run"):
         check_template(run, labels, wanted.adata, wanted.pert_col, notes)
         return 0
-    run.manifest()  # refuses a run whose features nobody knows
     names, known = list(labels.names), run.vectors(run.features)
-    resolved, vectors = resolve_for_run(run, labels, options, notes)
+    resolved, vectors = resolve_for_run(run, known, labels, options, notes)
     notes.say()
     added = add_to_run(run, vectors, resolved, options, command, notes)
     problems, doubts = check_templates(run, wanted.adata, wanted.pert_col)

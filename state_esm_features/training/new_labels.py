@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from state_esm_features.console import InputError, Notes, short, some
@@ -113,13 +114,17 @@ def require_recipe_of(
 
 
 def resolve_for_run(
-    run: TrainedRun, labels: Labels, options: FeatureOptions, notes: Notes
+    run: TrainedRun,
+    known: Mapping[str, torch.Tensor],
+    labels: Labels,
+    options: FeatureOptions,
+    notes: Notes,
 ) -> tuple[Resolved | None, dict[str, torch.Tensor]]:
     """The labels that a run does not know, and {label: vector} by the rules of its own features.
 
-    `labels` are left with these names only.
+    `known` are the vectors of these features; `labels` are left with the new names only.
     """
-    manifest, known = run.manifest(), run.vectors(run.features)
+    manifest = run.manifest()
     new = [x for x in labels.names if x not in known]
     if not new:
         return None, {}
@@ -127,12 +132,34 @@ def resolve_for_run(
     resolved = resolve_labels(labels, options, notes)
     assert resolved is not None  # only a dry run has no source
     check_same_model(resolved, run, manifest, options, notes)
-    vectors = new_vectors(resolved, run, manifest, options)
+    vectors = new_vectors(resolved, run, known, manifest, options)
     others = {x: v for x, v in known.items() if x not in {run.control, *manifest["missing"]}}
     note_identical(others | with_vectors(resolved.resolutions, vectors), notes, new)
     missing = options.policy.missing
     notes.line(summary(resolved.resolutions, labels, resolved.resolver, missing, vectors))
     return resolved, vectors
+
+
+def new_vectors(
+    resolved: Resolved,
+    run: TrainedRun,
+    known: Mapping[str, torch.Tensor],
+    manifest: Mapping[str, Any],
+    options: FeatureOptions,
+) -> dict[str, torch.Tensor]:
+    """{new label: vector}; the mean of --missing mean is over the run's genes and the new ones."""
+    genes = {
+        record["gene"]: known[label].float()
+        for label, record in manifest["labels"].items()
+        if "gene" in record
+    }
+    sources = resolved.resolver.sources
+    found = read_vectors(
+        resolved.used, sources, resolved.checkpoint, options.sequences, for_run=True
+    )
+    vectors = genes | found
+    features = build_features(resolved.resolutions, vectors, manifest["width"], options.policy)
+    return {label: vector for label, vector in features.items() if label != run.control}
 
 
 def add_to_run(
@@ -143,65 +170,30 @@ def add_to_run(
     command: Sequence[str],
     notes: Notes,
 ) -> list[str]:
-    """Give a run the vectors of labels that it does not know; returns these labels.
+    """Extend a run's features and its map by what they do not hold now; returns these labels.
 
     What is known stays bit for bit. The features of the run come first, then its map, so that a
     run that was cut off in between is mended by the next call.
     """
-    with run_lock(run.folder, "adding labels to", WAIT_SECONDS):
-        return write_into_run(run, vectors, resolved, options, command, notes)
-
-
-def new_vectors(
-    resolved: Resolved, run: TrainedRun, manifest: Mapping[str, Any], options: FeatureOptions
-) -> dict[str, torch.Tensor]:
-    """{new label: vector}; the mean of --missing mean is over the run's genes and the new ones."""
-    there = run.vectors(run.features)
-    known = {
-        record["gene"]: there[label].float()
-        for label, record in manifest["labels"].items()
-        if "gene" in record
-    }
-    sources = resolved.resolver.sources
-    found = read_vectors(
-        resolved.used, sources, resolved.checkpoint, options.sequences, for_run=True
-    )
-    vectors = known | found
-    features = build_features(resolved.resolutions, vectors, manifest["width"], options.policy)
-    return {label: vector for label, vector in features.items() if label != run.control}
-
-
-def write_into_run(
-    run: TrainedRun,
-    found: Mapping[str, torch.Tensor],
-    resolved: Resolved | None,
-    options: FeatureOptions,
-    command: Sequence[str],
-    notes: Notes,
-) -> list[str]:
-    """Extend the run's features and its map by what they do not hold now; returns these labels."""
     import torch
 
-    features, in_map = run.vectors(run.features), run.vectors(run.map_path)
-    known = run.known(in_map, features)
-    new = {label: vector for label, vector in found.items() if label not in features}
-    features |= new
-    missing = {label: v for label, v in features.items() if label not in known}
-    if not missing:
-        return []
-    with staged(run.map_path, lambda f: torch.save({**in_map, **missing}, f)):
-        notes.line(f"the map of before is kept as {keep(run.map_path)}")
-        if new and resolved:
-            before = run.manifest()
-            described = resolved.manifest(features, options, command, None, "")
-            keep(run.features)
-            keep(manifest_path(run.features))
-            write_features(
-                run.features,
-                features,
-                lambda sha256: extended_manifest(before, described, list(new), features, sha256),
-                notes,
-            )
+    with run_lock(run.folder, "adding labels to", WAIT_SECONDS):
+        features, in_map = run.vectors(run.features), run.vectors(run.map_path)
+        known = run.known(in_map, features)
+        new = {label: vector for label, vector in vectors.items() if label not in features}
+        features |= new
+        missing = {label: v for label, v in features.items() if label not in known}
+        if not missing:
+            return []
+        with staged(run.map_path, lambda f: torch.save({**in_map, **missing}, f)):
+            notes.line(f"the map of before is kept as {keep(run.map_path)}")
+            if new and resolved:
+                before = run.manifest()
+                described = resolved.manifest(features, options, command, None, "")
+                keep(run.features)
+                keep(manifest_path(run.features))
+                extended = partial(extended_manifest, before, described, list(new), features)
+                write_features(run.features, features, extended, notes)
     return list(missing)
 
 
