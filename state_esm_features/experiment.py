@@ -28,10 +28,8 @@ if TYPE_CHECKING:
 SPLITS = ("train", "val", "test")
 """Splits that a cell-load TOML may name (cell_load.config.ExperimentConfig.validate)."""
 
-
 SECTIONS = ("datasets", "training", "zeroshot", "fewshot")
 """Sections of a TOML that cell-load reads; it ignores others."""
-
 
 SETTINGS_GO = (
     "Settings of State stand at the end of the training's command line as KEY=VALUE, e.g. "
@@ -230,7 +228,6 @@ def files_cell_load_reads(path: str) -> list[Path]:
 
 CELLS = re.compile(r".*\.(h5|h5ad|h5mu|hdf5|loom|zarr)(\.(gz|bz2|xz|zst|zip))?", re.IGNORECASE)
 """Names of files that hold cells; cell-load reads .h5 and .h5ad, in small letters."""
-
 
 MOST_FOLDERS = 1000
 """So many sub-folders of a dataset's folder are searched for files that are not read."""

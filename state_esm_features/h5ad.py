@@ -128,7 +128,6 @@ def require_column(columns: Mapping[Path, Sequence[str]], wanted: str, flag: str
 
 PLAIN = ("array", "boolean", "string-array")
 
-
 CELL_LOAD_READS = {
     "labels": ("categorical",),
     "column": ("categorical", *PLAIN),

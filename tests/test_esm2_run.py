@@ -558,12 +558,6 @@ def test_nothing_asks_the_network(tmp_path: Path, model: Any) -> None:
     assert (done.returncode, done.stdout) == (0, "o.pt\n"), done.stderr
 
 
-def test_no_private_operator_of_torch_is_used() -> None:
-    """They have refused CPUs without AVX-512."""
-    for path in (*ROOT.glob("*.py"), *(ROOT / "state_esm_features").rglob("*.py")):
-        assert not re.findall(r"torch\.(?:ops|_C)\b", path.read_text())
-
-
 IN_LITTLE_MEMORY = """
 import re, resource, sys
 import create_esm_pert_features as script

@@ -23,10 +23,8 @@ from state_esm_features.option_groups import STRIDE, WINDOW, SequenceOptions
 
 NUCLEOTIDES = frozenset("ACGTUN")
 
-
 RESIDUES = frozenset("ACDEFGHIKLMNPQRSTVWYXBUZO")
 """Letters that ESM2's alphabet has a token for: the 20 amino acids, any (X), B, Z, U and O."""
-
 
 GENE_IN_HEADER = (
     r"\bGN=(.+?)(?=\s+[A-Z]{2}=|\s*\||\s*$)",

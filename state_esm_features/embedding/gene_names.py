@@ -14,14 +14,11 @@ from state_esm_features.files import existing_file, sha256_of
 
 APPROVED, PREVIOUS, ALIAS = "approved symbol", "previous symbol", "alias symbol"
 
-
 LOOSER = "looser name"
-
 
 NAME_KINDS = (APPROVED, "Ensembl gene id", "HGNC id", "NCBI gene id", PREVIOUS, ALIAS, LOOSER)
 """How a gene has a name, firmest first. A looser name (that of an ortholog, a phenotype, a gene
 group or a neighbour) never resolves a label, but makes it ambiguous."""
-
 
 NO_NAME = {
     *("Ortholog Symbol", "Withdrawn Ortholog Symbol", "Phenotype Symbol", "Gene Group Symbol"),

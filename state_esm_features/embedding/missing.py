@@ -33,7 +33,6 @@ LABEL_FORMS = (
 )
 """Common forms of labels that are no gene: guides, promoters."""
 
-
 GENERAL_FORMS = (
     *(rf"(?P<gene>[^{mark}]+){mark}.+" for mark in "_ :;,/"),
     *(r"(?P<gene>[^|]+)[|].+", r"(?P<gene>[^.]+)[.].+"),
@@ -41,10 +40,8 @@ GENERAL_FORMS = (
 )
 """The gene before the first mark, or behind the last."""
 
-
 HYPHEN_FORM = r"(?P<gene>.+)-[^-]+"
 """The gene before the last hyphen. Symbols have hyphens: only where names of genes are known."""
-
 
 SEPARATORS = "|,_;:/&"
 

@@ -119,11 +119,9 @@ CONTROL_NAMES = {
     *("nosite", "onenongenesite", "oneintergenicsite"),
 }
 
-
 NO_VALUES = {"", "nan"}
 """Labels, in small letters only, that are never taken for a gene (CTRL, or SCN11A's alias NaN)
 unless they are the exact key."""
-
 
 CONTROL_GUIDES = re.compile(
     r"(?:(?:sg|sgrna|grna)?(?:{})(?:(?:sg|sgrna|grna|guide|g)?\d+|[acgt]{{15,}})?)+".format(
@@ -132,7 +130,6 @@ CONTROL_GUIDES = re.compile(
 )
 """`letters` of guides of controls: NTC-2, sgNT_4, or two in one, non-targeting_01|non-targeting_02.
 These are taken for no gene where they are neither a key nor a name of a human gene (WT1, NT5E)."""
-
 
 NOT_FOUND, CONTROL_NAMED = "not found", "named like a control"
 

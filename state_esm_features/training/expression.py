@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 SAMPLE = 100_000
 """Values of a matrix that are looked at."""
 
-
 LOG1P_MAXIMUM = 15
 """Above it cell-load takes values for counts (cell_load.utils.data_utils.suspected_log_torch)."""
 

@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 ORDER_SEED = 0
 """Of the order of cells within a group; the same for all runs, so that they share copies."""
 
-
 BLOCK = 8_000_000
 """Values of a matrix held at once while a file is rewritten: about 250 MB at the most."""
 

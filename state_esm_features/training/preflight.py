@@ -28,14 +28,11 @@ from state_esm_features.training.stock import ranks, set_length
 CACHED_ROWS = 10_000
 """Rows that every loader worker of cell-load keeps (lru_cache in PerturbationDataset)."""
 
-
 PREFETCH = 4
 """Batches that every loader worker prepares ahead (PerturbationDataModule)."""
 
-
 STOCK_MAX_WORKERS = 12
 """num_workers of the stock configuration."""
-
 
 TAHOE_CONTROL = "[('DMSO_TF', 0.0, 'uM')]"
 """What run_tx_train sets for the perturbation column drugname_drugconc."""

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 PR_SET_PDEATHSIG = 1
 """Of prctl(2): the signal that a process gets when its parent ends."""
 
-
 FOLLOW_SECONDS = 3600
 """How long another rank waits for the first one to prepare the run."""
 

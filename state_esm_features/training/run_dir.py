@@ -43,9 +43,7 @@ from state_esm_features.training.stock import MANAGED, flat
 
 OR_ANOTHER = "let it finish, or choose another --name"
 
-
 RUN_FORMAT = 1
-
 
 MAY_CHANGE_ON_RESUME = re.compile(
     r"training\.(max_steps|val_freq|ckpt_every_n_steps)$|use_wandb$|wandb\.|versions |changed "

@@ -16,7 +16,6 @@ from state_esm_features.option_groups import CONSECUTIVE, SPACES
 INFER_LOADS = ("state", "neuralot", "pertsets")
 """model.name of the models that `state tx infer` loads: it knows one class of State 0.11.1."""
 
-
 MANAGED = {
     "data.kwargs.toml_config_path": "--config",
     "data.kwargs.perturbation_features_file": "--pert-features",
