@@ -178,7 +178,7 @@ def out_of_memory(error: Exception) -> bool:
     )
 
 
-def _line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """First line of an exception's text."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from state_esm_features.console import InputError, _line, announce, out_of_memory
+from state_esm_features.console import InputError, announce, first_line, out_of_memory
 
 
 def sha256_of(path: Path) -> str:
@@ -257,7 +257,8 @@ def read_torch(
                 "machine with more"
             ) from error
         raise InputError(
-            f"{path} cannot be read as a file of torch.save: damaged or cut short ({_line(error)})"
+            f"{path} cannot be read as a file of torch.save: damaged or cut short "
+            f"({first_line(error)})"
         ) from error
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from state_esm_features.console import InputError, _line, count, did_you_mean, have, some, them
+from state_esm_features.console import InputError, count, did_you_mean, first_line, have, some, them
 from state_esm_features.files import existing_file
 
 if TYPE_CHECKING:
@@ -271,7 +271,7 @@ def read_values(node: h5py.Group | h5py.Dataset) -> np.ndarray:
         values = np.array(read_elem(node))
     except Exception as error:  # of a form that this anndata does not know
         raise InputError(
-            f"{node.file.filename}: {node.name.strip('/')} cannot be read ({_line(error)}); "
+            f"{node.file.filename}: {node.name.strip('/')} cannot be read ({first_line(error)}); "
             "write the file again with a current anndata"
         ) from error
     if values.dtype.kind == "O":

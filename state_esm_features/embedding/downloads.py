@@ -9,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-from state_esm_features.console import InputError, _line, announce
+from state_esm_features.console import InputError, announce, first_line
 from state_esm_features.files import existing_file, sha256_of
 from state_esm_features.option_groups import (
     ARC_BYTES,
@@ -73,7 +73,7 @@ def _download_arc_table() -> Path:
         ) from error
     except Exception as error:  # whatever the HTTP client under huggingface_hub raises
         raise InputError(
-            f"cannot download {ARC_FILE}: {type(error).__name__}: {_line(error)}. {advice}"
+            f"cannot download {ARC_FILE}: {type(error).__name__}: {first_line(error)}. {advice}"
         ) from error
 
 
@@ -130,8 +130,8 @@ def _download_weights(url: str, path: Path) -> None:
         part.replace(path)
     except (OSError, http.client.HTTPException, TypeError, ValueError) as error:
         raise InputError(
-            f"cannot download {url}: {_line(error)}. Run again when it can be reached, or pass the "
-            "file with --esm-model FILE"
+            f"cannot download {url}: {first_line(error)}. Run again when it can be reached, or "
+            "pass the file with --esm-model FILE"
         ) from error
     finally:
         part.unlink(missing_ok=True)

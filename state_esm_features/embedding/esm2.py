@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from state_esm_features.console import InputError, _line
+from state_esm_features.console import InputError, first_line
 from state_esm_features.files import read_torch, sha256_of
 
 if TYPE_CHECKING:
@@ -105,8 +105,8 @@ def open_checkpoint(model: str, path: Path) -> Checkpoint:
                 raise ValueError(f"{name} has shape {tuple(weights[name].shape)}")
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
         raise InputError(
-            f"{path} is no ESM2 checkpoint in fair-esm's format ({_line(error)}); the published "
-            "files are esm2_*.pt"
+            f"{path} is no ESM2 checkpoint in fair-esm's format ({first_line(error)}); the "
+            "published files are esm2_*.pt"
         ) from error
     return checkpoint
 

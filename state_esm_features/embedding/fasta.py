@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from state_esm_features.console import InputError, Notes, _line, count, some
+from state_esm_features.console import InputError, Notes, count, first_line, some
 from state_esm_features.embedding.gene_names import without_version
 from state_esm_features.files import begins_with, existing_file, sha256_of
 from state_esm_features.option_groups import STRIDE, WINDOW, SequenceOptions
@@ -184,7 +184,7 @@ def read_fasta(path: Path) -> Iterator[tuple[str, str]]:
             yield from SimpleFastaParser(itertools.chain([first], lines))
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(
-            f"FASTA file {path} cannot be read: damaged or cut short ({_line(error)})"
+            f"FASTA file {path} cannot be read: damaged or cut short ({first_line(error)})"
         ) from error
 
 

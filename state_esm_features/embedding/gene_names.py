@@ -9,7 +9,7 @@ import re
 from functools import cache
 from pathlib import Path
 
-from state_esm_features.console import InputError, _line
+from state_esm_features.console import InputError, first_line
 from state_esm_features.files import existing_file, sha256_of
 
 APPROVED, PREVIOUS, ALIAS = "approved symbol", "previous symbol", "alias symbol"
@@ -147,7 +147,7 @@ def read_hgnc(path: Path) -> Names:
     try:
         table = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False)
     except (ValueError, OSError) as error:  # pandas' errors are ValueErrors
-        raise InputError(f"HGNC file {path} cannot be read: {_line(error)}") from error
+        raise InputError(f"HGNC file {path} cannot be read: {first_line(error)}") from error
     absent = [c for c in HGNC_COLUMNS if c not in table]
     if absent:
         raise InputError(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from state_esm_features.console import InputError, Notes, _line, count, some
+from state_esm_features.console import InputError, Notes, count, first_line, some
 from state_esm_features.embedding.downloads import arc_table_path
 from state_esm_features.files import existing_file, read_torch, sha256_of
 from state_esm_features.option_groups import SourceOptions
@@ -129,7 +129,7 @@ def _read_npz(path: Path) -> dict[str, torch.Tensor]:
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(
             f"{path} is no table: expected arrays `genes` (n,) of text and "
-            f"`embeddings` (n, width) ({_line(error)})"
+            f"`embeddings` (n, width) ({first_line(error)})"
         ) from error
     shapes_ok = genes.ndim == 1 and embeddings.ndim == 2 and len(genes) == len(embeddings)
     if not shapes_ok or genes.dtype.kind not in "US" or embeddings.dtype.kind not in "fiu":
