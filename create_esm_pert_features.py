@@ -66,7 +66,12 @@ except ModuleNotFoundError:
     )
 from state_esm_features.console import InputError, Notes, count, exit_code, some, start_log
 from state_esm_features.embedding.features import resolve_labels
-from state_esm_features.embedding.features_file import manifest_path, set_aside, write_features
+from state_esm_features.embedding.features_file import (
+    build_manifest,
+    manifest_path,
+    set_aside,
+    write_features,
+)
 from state_esm_features.embedding.labels import collect_labels
 from state_esm_features.embedding.plot import draw
 from state_esm_features.embedding.report import summary, write_report
@@ -142,7 +147,7 @@ def write_file(
 ) -> int:
     """From labels to the features file, in the order of the data."""
     wanted, output = make(LabelOptions, given), make(OutputOptions, given)
-    missing, ablation = options.policy.missing, make(AblationOptions, given).record()
+    ablation = make(AblationOptions, given).record()
     check_outputs(output, inputs_of(wanted, options))
     labels = collect_labels(wanted, notes)
     notes.say()
@@ -151,26 +156,25 @@ def write_file(
     )
     if resolved is None:  # a dry run that would have to download a table
         return 0
-    resolver, resolutions = resolved.resolver, resolved.resolutions
     if output.dry_run and resolved.to_embed:
-        notes.line(summary(resolutions, labels, resolver, missing, ablation=ablation))
+        notes.line(summary(resolved, ablation=ablation))
         notes.line(f"dry run: {count(len(resolved.to_embed), 'gene')} to compute, nothing written")
         return 0
     notes.say()
-    features, vectors = resolved.features(options, ablation)
-    own = with_vectors(resolutions, features)
+    features, vectors = resolved.features(ablation)
+    own = with_vectors(resolved.resolutions, features)
     if output.report:
-        write_report(output.report, resolutions, resolver.sources, missing, own, resolved.left_out)
+        write_report(output.report, resolved, own)
     if output.plot:
-        draw(output.plot, resolutions, vectors, features, resolved.tables)
+        draw(output.plot, resolved, vectors, features)
     note_identical(own, notes)
-    notes.line(summary(resolutions, labels, resolver, missing, features, ablation))
+    notes.line(summary(resolved, features, ablation))
     assert output.output is not None  # the parser has asked for it
     if output.dry_run:
         set_aside(output.output, notes, act=False)
         notes.line(f"dry run: {output.output} not written")
         return 0
-    manifest = partial(resolved.manifest, features, options, command, ablation)
+    manifest = partial(build_manifest, resolved, features, command, ablation)
     write_features(output.output, features, manifest, notes)
     notes.say()
     print(output.output)

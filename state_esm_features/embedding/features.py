@@ -5,16 +5,13 @@ Each step stands in a module of its own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from state_esm_features.console import InputError, Notes, count, some
 from state_esm_features.embedding.embed import find_checkpoint
-from state_esm_features.embedding.esm2 import Checkpoint
 from state_esm_features.embedding.fasta import load_proteins
-from state_esm_features.embedding.features_file import build_manifest
 from state_esm_features.embedding.labels import Labels
 from state_esm_features.embedding.missing import check_missing, leave_out_unused, say_left_out
 from state_esm_features.embedding.report import write_report
@@ -26,79 +23,9 @@ from state_esm_features.embedding.resolve import (
     read_aliases,
     resolve,
 )
-from state_esm_features.embedding.tables import Table, open_tables
-from state_esm_features.embedding.vectors import ablate, build_features, read_vectors
-from state_esm_features.option_groups import ESM2_WIDTHS, FeatureOptions
-
-if TYPE_CHECKING:
-    import torch
-
-
-@dataclass(frozen=True)
-class Resolved:
-    """Labels, and where the vector of each comes from; no vector is read or computed yet.
-
-    Attributes
-    ----------
-    left_out
-        Labels that no cell has and no source: they get no vector.
-    used
-        Genes that are used of each source.
-    to_embed
-        Those of them that are computed.
-    checkpoint
-        The model that computes them; None if there is nothing to compute, or if a dry run would
-        have to download it.
-    """
-
-    labels: Labels
-    tables: list[Table]
-    resolver: Resolver
-    resolutions: list[Resolution]
-    left_out: list[Resolution]
-    used: list[list[str]]
-    to_embed: list[str]
-    checkpoint: Checkpoint | None
-
-    def width(self, model: str) -> int | None:
-        """Length of the vectors, as far as it is known without computing one."""
-        if self.tables:
-            return self.tables[0].width
-        known = self.checkpoint.width if self.checkpoint else None
-        return known or ESM2_WIDTHS.get(model)
-
-    def features(
-        self, options: FeatureOptions, ablation: Mapping[str, Any] | None = None
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """({label: vector}, {gene: vector}), read, computed, ablated, combined."""
-        sources, for_run = self.resolver.sources, self.labels.for_run
-        vectors = read_vectors(self.used, sources, self.checkpoint, options.sequences, for_run)
-        if ablation:
-            vectors = dict(ablate(vectors, ablation["kind"], ablation["seed"]))
-        width = len(next(iter(vectors.values())))
-        return build_features(self.resolutions, vectors, width, options.policy), vectors
-
-    def manifest(
-        self,
-        features: Mapping[str, torch.Tensor],
-        options: FeatureOptions,
-        command: Sequence[str],
-        ablation: Mapping[str, Any] | None,
-        features_sha256: str,
-    ) -> dict[str, Any]:
-        """What the manifest says of a file of these features, made by `command`."""
-        manifest = build_manifest(
-            options,
-            self.labels,
-            self.resolver,
-            self.resolutions,
-            features,
-            features_sha256,
-            command,
-            ablation,
-        )
-        left_out = {r.label: r.reason for r in self.left_out}
-        return manifest | ({"left_out": left_out} if left_out else {})
+from state_esm_features.embedding.tables import open_tables
+from state_esm_features.embedding.vectors import Resolved
+from state_esm_features.option_groups import FeatureOptions
 
 
 def resolve_labels(
@@ -138,23 +65,23 @@ def resolve_labels(
     left_out = leave_out_unused(every, labels, missing)
     without = {r.label for r in left_out}
     resolutions = [r for r in every if r.label not in without]
+    used = genes_by_source(resolutions, sources)
+    resolved = Resolved(labels, options, resolver, resolutions, left_out, used)
     if report:
-        write_report(report, resolutions, sources, missing, left_out=left_out)
-    check_missing(resolutions, labels, resolver, missing, can_report)
+        write_report(report, resolved)
+    check_missing(resolved, can_report)
     for text in warn_of_left_out(left_out, labels):
         notes.warn(text)
-    used = genes_by_source(resolutions, sources)
     if not any(used) and not labels.for_run:
         raise InputError(
             f"none of the {count(len(names) - 1, 'label')} is in a source: other species or "
             f"naming? labels: {some(names)}; {sources[0].path}: {some(sources[0].symbols)}"
         )
-    tables = [source for source in sources if isinstance(source, Table)]
-    to_embed = used[-1] if options.sources.fasta else []
-    checkpoint = None
-    if to_embed:
-        checkpoint = find_checkpoint(to_embed, tables, options.sequences, dry_run)
-    return Resolved(labels, tables, resolver, resolutions, left_out, used, to_embed, checkpoint)
+    if not resolved.to_embed:
+        return resolved
+    tables, sequences = resolved.tables, options.sequences
+    checkpoint = find_checkpoint(resolved.to_embed, tables, sequences, dry_run)
+    return replace(resolved, checkpoint=checkpoint)
 
 
 def open_sources(options: FeatureOptions, dry_run: bool, notes: Notes) -> list[Source]:

@@ -12,11 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from state_esm_features import __version__
 from state_esm_features.console import Notes
-from state_esm_features.embedding.labels import Labels
-from state_esm_features.embedding.resolve import Gene, Resolution, Resolver, Source, how_resolved
-from state_esm_features.embedding.vectors import identical, with_vectors
+from state_esm_features.embedding.resolve import Gene, Resolution, Source, how_resolved
+from state_esm_features.embedding.vectors import Resolved, identical, with_vectors
 from state_esm_features.files import as_json, keep, place_to_keep, read_json, sha256_of, staged
-from state_esm_features.option_groups import FeatureOptions
 
 if TYPE_CHECKING:
     import torch
@@ -59,19 +57,18 @@ def label_record(resolution: Resolution, sources: Sequence[Source], missing: str
 
 
 def build_manifest(
-    options: FeatureOptions,
-    labels: Labels,
-    resolver: Resolver,
-    resolutions: Sequence[Resolution],
+    resolved: Resolved,
     features: Mapping[str, torch.Tensor],
-    features_sha256: str,
     command: Sequence[str],
     ablation: Mapping[str, Any] | None,
+    features_sha256: str,
 ) -> dict[str, Any]:
     """The manifest: the same for the same inputs, so it holds no time of day."""
     import torch
 
-    symbols, policy = options.symbols, options.policy
+    labels, resolver, resolutions = resolved.labels, resolved.resolver, resolved.resolutions
+    symbols, policy = resolved.options.symbols, resolved.options.policy
+    left_out = {r.label: r.reason for r in resolved.left_out}
     return {
         "format": MANIFEST_FORMAT,
         "versions": {
@@ -98,7 +95,7 @@ def build_manifest(
         "labels": {r.label: label_record(r, resolver.sources, policy.missing) for r in resolutions},
         "missing": {r.label: r.reason for r in resolutions if r.reason},
         "identical": identical(with_vectors(resolutions, features)),
-    }
+    } | ({"left_out": left_out} if left_out else {})
 
 
 def set_aside(path: Path, notes: Notes, act: bool) -> None:

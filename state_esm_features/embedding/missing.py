@@ -24,6 +24,7 @@ from state_esm_features.embedding.resolve import (
     Resolver,
     letters,
 )
+from state_esm_features.embedding.vectors import Resolved
 
 LABEL_FORMS = (
     r"(?P<gene>.+?)[_-](sg|g|guide)?[0-9]+",
@@ -222,14 +223,10 @@ def missing_by_kind(resolutions: Iterable[Resolution]) -> str:
     return ", ".join(f"{kinds.count(k):,} {k}" for k in sorted(set(kinds)))
 
 
-def check_missing(
-    resolutions: Sequence[Resolution],
-    labels: Labels,
-    resolver: Resolver,
-    policy: str,
-    can_report: bool,
-) -> None:
-    """Refuse missing labels, with what helps each, or say once what --missing (`policy`) does."""
+def check_missing(resolved: Resolved, can_report: bool) -> None:
+    """Refuse missing labels, with what helps each, or say once what --missing does."""
+    resolutions, labels = resolved.resolutions, resolved.labels
+    policy = resolved.options.policy.missing
     missing = [r for r in resolutions if r.reason]
     if not missing:
         return
@@ -237,7 +234,7 @@ def check_missing(
     names = some(r.label for r in missing)
     if policy != "error":
         filling = "the mean vector" if policy == "mean" else "zeros, as if they were control"
-        resolver.notes.warn(
+        resolved.resolver.notes.warn(
             f"{len(missing):,} of {count(total, 'label')} missing, or a part of them ({names}): "
             f"filled with {filling}"
         )
@@ -246,21 +243,16 @@ def check_missing(
     kinds = missing_by_kind(resolutions)
     if not reason and "," in kinds:
         reason = f": {kinds}"
-    advice = advice_for_each(missing, resolutions, labels, resolver, can_report)
+    advice = advice_for_each(missing, resolved, can_report)
     raise InputError(
         f"{len(missing):,} of {count(total, 'label')} {have(len(missing))} no embedding "
         f"({names}){reason}.{only_in(labels, missing)}{advice}".removesuffix(".")
     )
 
 
-def advice_for_each(
-    missing: Sequence[Resolution],
-    resolutions: Sequence[Resolution],
-    labels: Labels,
-    resolver: Resolver,
-    can_report: bool,
-) -> str:
+def advice_for_each(missing: Sequence[Resolution], resolved: Resolved, can_report: bool) -> str:
     """What helps the missing labels: of each the first thing that does."""
+    resolutions, labels, resolver = resolved.resolutions, resolved.labels, resolved.resolver
 
     def without(all_of: Sequence[Resolution], some_of: Sequence[Resolution]) -> list[Resolution]:
         gone = {r.label for r in some_of}

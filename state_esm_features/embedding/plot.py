@@ -12,9 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from state_esm_features.console import InputError, count, some
 from state_esm_features.embedding.report import WELL_KNOWN
-from state_esm_features.embedding.resolve import Resolution
-from state_esm_features.embedding.tables import Table
-from state_esm_features.embedding.vectors import identical
+from state_esm_features.embedding.vectors import Resolved, identical
 from state_esm_features.files import write_whole
 
 if TYPE_CHECKING:
@@ -39,10 +37,9 @@ def umap(vectors: torch.Tensor) -> Any:
 
 def draw(
     path: Path,
-    resolutions: Sequence[Resolution],
+    resolved: Resolved,
     vectors: Mapping[str, torch.Tensor],
     features: Mapping[str, torch.Tensor],
-    tables: Sequence[Table],
 ) -> None:
     """One PNG: the genes of the screen among all of the tables, and their pairwise cosines.
 
@@ -56,6 +53,7 @@ def draw(
     genes = list(vectors)
     if len(genes) < 5:
         raise InputError(f"--plot needs at least five genes, and here are {len(genes)}")
+    resolutions, tables = resolved.resolutions, resolved.tables
     width = len(vectors[genes[0]])
     others = dict.fromkeys(g for t in tables if t.width == width for g in t if g not in vectors)
     around = [next(t for t in tables if g in t)[g] for g in others]

@@ -6,15 +6,14 @@ Nothing is decided here.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from state_esm_features.console import count
-from state_esm_features.embedding.labels import Labels
 from state_esm_features.embedding.missing import missing_by_kind
-from state_esm_features.embedding.resolve import Resolution, Resolver, Source, how_resolved
-from state_esm_features.embedding.vectors import nearest, with_vectors
+from state_esm_features.embedding.resolve import how_resolved
+from state_esm_features.embedding.vectors import Resolved, nearest, with_vectors
 from state_esm_features.files import write_whole
 
 if TYPE_CHECKING:
@@ -28,26 +27,22 @@ REPORT_COLUMNS = (
 
 
 def write_report(
-    path: Path,
-    resolutions: Sequence[Resolution],
-    sources: Sequence[Source],
-    missing: str,
-    vectors: Mapping[str, torch.Tensor] | None = None,
-    left_out: Sequence[Resolution] = (),
+    path: Path, resolved: Resolved, vectors: Mapping[str, torch.Tensor] | None = None
 ) -> None:
     """One line a label, tab-separated: how it was resolved, to what, from where.
 
     Proteins and residues (of each) are known of sequences; the nearest other label and its cosine
     once there are `vectors`.
     """
+    sources, missing = resolved.resolver.sources, resolved.options.policy.missing
     near = nearest(vectors, list(vectors), 1) if vectors and len(vectors) > 1 else {}
     lines = ["\t".join(REPORT_COLUMNS)]
-    for r in [*resolutions, *left_out]:
+    for r in [*resolved.resolutions, *resolved.left_out]:
         used = [(p.gene, sources[p.source]) for p in r.parts if p.gene and p.source is not None]
         proteins = [p for gene, source in used for p in source.origin(gene).get("proteins", [])]
         how = how_resolved(r, missing)
         if r.reason and missing == "error":
-            how = "left out" if r in left_out else "missing"
+            how = "left out" if r in resolved.left_out else "missing"
         closest = next(iter(near.get(r.label, [])), None)
         cells = (
             *(r.label, how, "+".join(p.gene or p.name for p in r.parts)),
@@ -67,21 +62,19 @@ WELL_KNOWN = ("TP53", "MYC", "STAT1", "KRAS", "CDK1", "GATA1", "HSPA5", "RPL3")
 
 
 def summary(
-    resolutions: Sequence[Resolution],
-    labels: Labels,
-    resolver: Resolver,
-    missing: str,
+    resolved: Resolved,
     features: Mapping[str, torch.Tensor] | None = None,
     ablation: Mapping[str, Any] | None = None,
 ) -> str:
     """The closing table: labels by how they were resolved, missing ones by reason, sources, and,
     once there are features, the nearest neighbours of a few well-known genes.
     """
-    hows = [how_resolved(r, missing) for r in resolutions]
+    resolutions, resolver = resolved.resolutions, resolved.resolver
+    hows = [how_resolved(r, resolved.options.policy.missing) for r in resolutions]
     tally = ", ".join(f"{hows.count(h):,} {h}" for h in dict.fromkeys(sorted(hows)))
     rows = [
         ("labels", f"{len(resolutions):,} ({tally})"),
-        *(("from", f"{i['path']} ({count(i['labels'], 'label')})") for i in labels.inputs),
+        *(("from", f"{i['path']} ({count(i['labels'], 'label')})") for i in resolved.labels.inputs),
         *(("source", str(source)) for source in resolver.sources),
         *(("symbols", names.describe()) for names in resolver.names_read),
     ]

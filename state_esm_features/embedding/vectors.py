@@ -1,24 +1,97 @@
 """From genes to the vectors of labels: read, computed, ablated, combined; and compared.
 
-Where the genes come from is not known here.
+How the genes are found is not known here.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from state_esm_features.console import InputError, Notes, count, some
 from state_esm_features.embedding.embed import embed_genes
 from state_esm_features.embedding.esm2 import Checkpoint
-from state_esm_features.embedding.resolve import Resolution, Source
+from state_esm_features.embedding.labels import Labels
+from state_esm_features.embedding.resolve import Resolution, Resolver
 from state_esm_features.embedding.tables import Table
-from state_esm_features.option_groups import PolicyOptions, SequenceOptions
+from state_esm_features.option_groups import ESM2_WIDTHS, FeatureOptions, PolicyOptions
 
 if TYPE_CHECKING:
     import torch
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Labels, and where the vector of each comes from; no vector is read or computed yet.
+
+    Attributes
+    ----------
+    left_out
+        Labels that no cell has and no source: they get no vector.
+    used
+        Genes that are used of each source.
+    checkpoint
+        The model that computes those of the sequences; None if there is nothing to compute, or if
+        a dry run would have to download it.
+    """
+
+    labels: Labels
+    options: FeatureOptions
+    resolver: Resolver
+    resolutions: list[Resolution]
+    left_out: list[Resolution]
+    used: list[list[str]]
+    checkpoint: Checkpoint | None = None
+
+    @property
+    def tables(self) -> list[Table]:
+        """The sources that are tables."""
+        return [source for source in self.resolver.sources if isinstance(source, Table)]
+
+    @property
+    def to_embed(self) -> list[str]:
+        """Genes that are used and have to be computed."""
+        return self.used[-1] if self.options.sources.fasta else []
+
+    @property
+    def width(self) -> int | None:
+        """Length of the vectors, as far as it is known without computing one."""
+        if self.tables:
+            return self.tables[0].width
+        known = self.checkpoint.width if self.checkpoint else None
+        return known or ESM2_WIDTHS.get(self.options.sequences.esm_model)
+
+    def vectors(self) -> dict[str, torch.Tensor]:
+        """{gene: float32 (width,)} of the genes used of each source, looked up or computed.
+
+        Raises
+        ------
+        InputError
+            A vector of a table is not finite or zero; a protein cannot be embedded.
+        """
+        vectors: dict[str, torch.Tensor] = {}
+        for source, genes in zip(self.resolver.sources, self.used, strict=True):
+            if isinstance(source, Table):
+                looked_up = {gene: source[gene] for gene in genes}
+                check_vectors(looked_up, source.path)
+                vectors |= looked_up
+            elif self.checkpoint is not None:
+                sequences, for_run = self.options.sequences, self.labels.for_run
+                vectors |= embed_genes(genes, source, self.checkpoint, sequences, for_run)
+        return vectors
+
+    def features(
+        self, ablation: Mapping[str, Any] | None = None
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """({label: vector}, {gene: vector}), read, computed, ablated, combined."""
+        vectors = self.vectors()
+        if ablation:
+            vectors = ablate(vectors, ablation["kind"], ablation["seed"])
+        width = len(next(iter(vectors.values())))
+        return build_features(self.resolutions, vectors, width, self.options.policy), vectors
 
 
 def check_vectors(vectors: Mapping[str, torch.Tensor], path: Path) -> None:
@@ -36,31 +109,6 @@ def check_vectors(vectors: Mapping[str, torch.Tensor], path: Path) -> None:
                 f"({some(bad)}); repair the table, or remove them from it and choose "
                 "--missing mean"
             )
-
-
-def read_vectors(
-    used: Sequence[Sequence[str]],
-    sources: Sequence[Source],
-    checkpoint: Checkpoint | None,
-    options: SequenceOptions,
-    for_run: bool,
-) -> dict[str, torch.Tensor]:
-    """{gene: float32 (width,)} of the genes used of each source, looked up or computed.
-
-    Raises
-    ------
-    InputError
-        A vector of a table is not finite or zero; a protein cannot be embedded.
-    """
-    vectors: dict[str, torch.Tensor] = {}
-    for source, genes in zip(sources, used, strict=True):
-        if isinstance(source, Table):
-            found = {gene: source[gene] for gene in genes}
-            check_vectors(found, source.path)
-            vectors |= found
-        elif checkpoint is not None:
-            vectors |= embed_genes(genes, source, checkpoint, options, for_run)
-    return vectors
 
 
 def shuffle_vectors(vectors: Mapping[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
@@ -113,23 +161,11 @@ def random_vectors(vectors: Mapping[str, torch.Tensor], seed: int) -> dict[str, 
     return dict(zip(genes, torch.from_numpy(drawn).float().unbind(), strict=True))
 
 
-def ablate(
-    vectors: Mapping[str, torch.Tensor], kind: str | None, seed: int
-) -> Mapping[str, torch.Tensor]:
-    """The vectors, or what --ablation puts in their place: {gene: float32 (width,)}."""
-    if kind == "shuffle":
-        return shuffle_vectors(vectors, seed)
-    if kind == "random":
-        return random_vectors(vectors, seed)
-    return onehot_vectors(vectors) if kind == "onehot" else vectors
-
-
-def combine(parts: Sequence[torch.Tensor], how: str) -> torch.Tensor:
-    """Vector of a combination: sum (as scLAMBDA does) or mean of its genes' vectors."""
-    import torch
-
-    stacked = torch.stack(list(parts))
-    return stacked.sum(0) if how == "sum" else stacked.mean(0)
+def ablate(vectors: Mapping[str, torch.Tensor], kind: str, seed: int) -> dict[str, torch.Tensor]:
+    """What --ablation puts in the place of the vectors: {gene: float32 (width,)}."""
+    if kind == "onehot":
+        return onehot_vectors(vectors)
+    return (shuffle_vectors if kind == "shuffle" else random_vectors)(vectors, seed)
 
 
 def build_features(
@@ -140,8 +176,9 @@ def build_features(
 ) -> dict[str, torch.Tensor]:
     """One vector a label, in the order of the labels.
 
-    The control is zero and adds nothing to a combination. A missing gene gets what --missing
-    says: `mean` is the mean of the vectors of all genes that this run found.
+    A combination is the sum (as in scLAMBDA) or mean of its genes' vectors; the control is zero and
+    adds nothing to it. A missing gene gets what --missing says: `mean` is the mean of the vectors
+    of all genes that this run found.
     """
     import torch
 
@@ -152,12 +189,12 @@ def build_features(
     features = {}
     for resolution in resolutions:
         genes = [p for p in resolution.parts if p.how != "control"]
+        vector = filler.clone() if resolution.reason else zero.clone()
         if genes:
-            found = [vectors[p.gene] if p.gene is not None else filler for p in genes]
-            vector = combine(found, policy.combine)
-        else:
-            vector = filler if resolution.reason else zero
-        features[resolution.label] = vector.clone()
+            parts = [vectors[p.gene] if p.gene is not None else filler for p in genes]
+            stacked = torch.stack(parts)
+            vector = stacked.sum(0) if policy.combine == "sum" else stacked.mean(0)
+        features[resolution.label] = vector
     return features
 
 

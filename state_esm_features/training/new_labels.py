@@ -13,16 +13,21 @@ from typing import TYPE_CHECKING, Any
 from state_esm_features.console import InputError, Notes, short, some
 from state_esm_features.embedding.embed import choose_recipe
 from state_esm_features.embedding.fasta import Recipe
-from state_esm_features.embedding.features import Resolved, resolve_labels
-from state_esm_features.embedding.features_file import manifest_path, trained_sha256, write_features
+from state_esm_features.embedding.features import resolve_labels
+from state_esm_features.embedding.features_file import (
+    build_manifest,
+    manifest_path,
+    trained_sha256,
+    write_features,
+)
 from state_esm_features.embedding.labels import Labels
 from state_esm_features.embedding.report import summary
 from state_esm_features.embedding.tables import Table
 from state_esm_features.embedding.vectors import (
+    Resolved,
     build_features,
     identical,
     note_identical,
-    read_vectors,
     with_vectors,
 )
 from state_esm_features.files import keep, run_lock, sha256_of, staged
@@ -56,7 +61,7 @@ def check_same_model(
         raise InputError(
             f"{run.named} was trained on combinations by --combine {combine}; leave the option out"
         )
-    width = resolved.width(options.sequences.esm_model)
+    width = resolved.width
     if any(resolved.used) and width != manifest["width"]:
         raise InputError(
             f"{run.named} was trained on vectors of {manifest['width']:,} values, these have "
@@ -135,8 +140,7 @@ def resolve_for_run(
     vectors = new_vectors(resolved, run, known, manifest, options)
     others = {x: v for x, v in known.items() if x not in {run.control, *manifest["missing"]}}
     note_identical(others | with_vectors(resolved.resolutions, vectors), notes, new)
-    missing = options.policy.missing
-    notes.line(summary(resolved.resolutions, labels, resolved.resolver, missing, vectors))
+    notes.line(summary(resolved, vectors))
     return resolved, vectors
 
 
@@ -153,11 +157,7 @@ def new_vectors(
         for label, record in manifest["labels"].items()
         if "gene" in record
     }
-    sources = resolved.resolver.sources
-    found = read_vectors(
-        resolved.used, sources, resolved.checkpoint, options.sequences, for_run=True
-    )
-    vectors = genes | found
+    vectors = genes | resolved.vectors()
     features = build_features(resolved.resolutions, vectors, manifest["width"], options.policy)
     return {label: vector for label, vector in features.items() if label != run.control}
 
@@ -189,7 +189,7 @@ def add_to_run(
             notes.line(f"the map of before is kept as {keep(run.map_path)}")
             if new and resolved:
                 before = run.manifest()
-                described = resolved.manifest(features, options, command, None, "")
+                described = build_manifest(resolved, features, command, None, "")
                 keep(run.features)
                 keep(manifest_path(run.features))
                 extended = partial(extended_manifest, before, described, list(new), features)

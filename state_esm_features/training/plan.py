@@ -15,7 +15,7 @@ from typing import Any
 
 from state_esm_features.console import Findings, Notes, count
 from state_esm_features.embedding.features import resolve_labels
-from state_esm_features.embedding.features_file import read_manifest, write_features
+from state_esm_features.embedding.features_file import build_manifest, read_manifest, write_features
 from state_esm_features.embedding.labels import Labels, add_labels_found
 from state_esm_features.embedding.report import summary
 from state_esm_features.embedding.vectors import (
@@ -128,20 +128,17 @@ def make_features(
     unknown = {"sha256": before, "width": 0, "labels": len(labels.names), "ablation": None}
     if resolved is None:
         return None, unknown
-    resolver, resolutions = resolved.resolver, resolved.resolutions
-    missing = wanted.policy.missing
     if found.problems or (options.run.dry_run and resolved.to_embed):
-        found.line(summary(resolutions, labels, resolver, missing))
+        found.line(summary(resolved))
         if resolved.to_embed:
             found.line(f"{count(len(resolved.to_embed), 'gene')} to compute before the training")
-        return None, {**unknown, "width": resolved.width(wanted.sequences.esm_model) or 0}
-    features, _ = resolved.features(wanted)
-    note_identical(with_vectors(resolutions, features), found)
-    found.line(summary(resolutions, labels, resolver, missing, features))
+        return None, {**unknown, "width": resolved.width or 0}
+    features, _ = resolved.features()
+    note_identical(with_vectors(resolved.resolutions, features), found)
+    found.line(summary(resolved, features))
     path = place / OWN_FEATURES
-    write_features(
-        path, features, partial(resolved.manifest, features, wanted, command, None), found
-    )
+    manifest = partial(build_manifest, resolved, features, command, None)
+    write_features(path, features, manifest, found)
     checked = Findings()  # its warnings were said in other words
     about = check_features(path, read_manifest(path), data, checked)
     found.problems += checked.problems
