@@ -165,17 +165,12 @@ def exit_code(
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether this is CUDA's, MPS's, the CPU allocator's, mmap's or oneDNN's lack of memory.
+    """Whether this is Python's, CUDA's, MPS's, the CPU's, mmap's or oneDNN's lack of memory.
 
     oneDNN has no words of its own for it: it "could not create a primitive".
     """
-    return bool(
-        re.search(
-            "out of memory|can(no|')t allocate memory|could not create a primitive",
-            str(error),
-            re.IGNORECASE,
-        )
-    )
+    words = "out of memory|can(no|')t allocate memory|could not create a primitive"
+    return isinstance(error, MemoryError) or bool(re.search(words, str(error), re.IGNORECASE))
 
 
 def first_line(error: BaseException) -> str:

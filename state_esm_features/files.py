@@ -30,13 +30,14 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 def cannot_write(path: Path, cause: OSError) -> InputError:
     """The error of a file that could not be written."""
-    full = cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    advice = "Free some space there, or choose" if cause.errno in DISK_FULL else "Choose"
     return InputError(
-        f"cannot write {path}: {cause.strerror}; nothing was changed. "
-        + ("Free some space there, or choose" if full else "Choose")
-        + " another place for it"
+        f"cannot write {path}: {cause.strerror}; nothing was changed. {advice} another place for it"
     )
 
 
@@ -156,16 +157,15 @@ def run_lock(
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path, on_acquired=sign)
     try:
-        held = lock.acquire(timeout=0)
-    except Timeout:
-        busy = Busy(run_dir, read_json(path), advice)
-        if not seconds:
-            raise busy from None
-        announce(f"waiting for at most {seconds:g} s: {busy}")
         try:
-            held = lock.acquire(timeout=seconds)
+            held = lock.acquire(timeout=0)
         except Timeout:
-            raise Busy(run_dir, read_json(path), advice) from None
+            if seconds:
+                busy = Busy(run_dir, read_json(path), advice)
+                announce(f"waiting for at most {seconds:g} s: {busy}")
+            held = lock.acquire(timeout=seconds)
+    except Timeout:
+        raise Busy(run_dir, read_json(path), advice) from None
     with held:
         yield
 
@@ -230,27 +230,18 @@ def read_torch(
     import torch
 
     try:
+        mmap = zipfile.is_zipfile(path)
         with (
             warnings.catch_warnings(action="ignore"),  # of the pickle protocol; decided below
             torch.serialization.safe_globals(list(allowed)),
         ):
-            return torch.load(
-                path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True
-            )
+            return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
     except pickle.UnpicklingError as error:
         raise InputError(
             f"{path} was refused without running it: it is no file of torch.save, or it holds "
             f"pickled Python objects beside tensors, and loading those can execute code. {advice}"
         ) from error
-    except (
-        RuntimeError,
-        EOFError,
-        OSError,
-        ValueError,
-        LookupError,
-        AttributeError,
-        TypeError,
-    ) as error:
+    except Exception as error:  # damaged bytes raise all kinds
         if out_of_memory(error):
             raise InputError(
                 f"out of memory: {path} has {path.stat().st_size:,} bytes; free memory, or use a "
@@ -268,29 +259,24 @@ def place_to_keep(path: Path) -> Path:
     return next(p for p in map(path.with_name, names) if not p.exists())
 
 
+def link(source: Path, target: Path) -> None:
+    """A second name of a file: a hard link, or a copy where links do not work."""
+    try:
+        target.hardlink_to(source)
+    except FileExistsError:
+        raise
+    except OSError:  # no hard links here (FAT, some network and Drive folders)
+        shutil.copy2(source, target)
+
+
 def keep(path: Path) -> Path:
     """Give a file that will be replaced a second name; returns it.
 
     A hard link, or a copy where links do not work: there is no moment without the file.
     """
     kept = place_to_keep(path)
-    try:
-        kept.hardlink_to(path)
-    except FileExistsError:
-        raise
-    except OSError:  # no hard links here (FAT, some network and Drive folders)
-        shutil.copy2(path, kept)
+    link(path, kept)
     return kept
-
-
-def is_tensor(value: object) -> bool:
-    """Whether it is a tensor."""
-    import torch
-
-    return torch.is_tensor(value)
-
-
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def existing_parent(path: Path) -> Path:
@@ -300,10 +286,9 @@ def existing_parent(path: Path) -> Path:
 
 def available_memory() -> int:
     """Bytes of memory that can be had now, the limit of the container respected."""
-    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with contextlib.suppress(OSError, IndexError, ValueError):
-        text = Path("/proc/meminfo").read_text()
-        free = int(re.findall(r"MemAvailable:\s+(\d+) kB", text)[0]) * 1024
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
     with contextlib.suppress(OSError, ValueError):  # cgroup v2; "max" means no limit
         group = Path("/sys/fs/cgroup")
         limit = int((group / "memory.max").read_text())
@@ -328,8 +313,5 @@ def same_file(source: Path, target: Path) -> None:
     """Make `target` the same file as `source`: a hard link, or a copy where links do not work."""
     temporary = target.with_name(f".{target.name}.tmp")
     temporary.unlink(missing_ok=True)
-    try:
-        temporary.hardlink_to(source)
-    except OSError:
-        shutil.copy2(source, temporary)
+    link(source, temporary)
     temporary.replace(target)

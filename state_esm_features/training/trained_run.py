@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from state_esm_features.console import InputError
 from state_esm_features.embedding.downloads import arc_table_path
 from state_esm_features.embedding.features_file import read_manifest
-from state_esm_features.files import existing_file, is_tensor, read_json, read_torch
+from state_esm_features.files import existing_file, read_json, read_torch
 from state_esm_features.option_groups import ARC_SHA256, FEATURES
 from state_esm_features.options import names_of, read_table
 from state_esm_features.training.stock import INFER_LOADS
@@ -76,12 +76,15 @@ class TrainedRun:
     def vectors(self, path: Path) -> dict[str, torch.Tensor]:
         """{label: vector} of one of these files, in its order."""
         import numpy as np
+        import torch
 
         existing_file(path, "file of the run")
         # cell-load names what it fills in with zeros by numpy's text, which is no code either
         text = (np.str_().__reduce__()[0], np.dtype, np.dtypes.StrDType)
         content = read_torch(path, allowed=text)
-        if not (isinstance(content, dict) and content and all(map(is_tensor, content.values()))):
+        if not (
+            isinstance(content, dict) and content and all(map(torch.is_tensor, content.values()))
+        ):
             raise InputError(f"{path} is no dict of label -> tensor")
         return {str(label): vector for label, vector in content.items()}
 
