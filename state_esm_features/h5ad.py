@@ -82,8 +82,15 @@ def find_column(
         No file has it, or there is none or more than one candidate.
     """
     if wanted is not None:
-        require_column(columns, wanted, flag)
-        return wanted
+        lacking = [path for path, there in columns.items() if wanted not in there]
+        if not lacking:
+            return wanted
+        there = columns[lacking[0]]
+        message = (
+            f"{some(map(str, lacking))} {have(len(lacking))} no obs column {wanted!r}"
+            f"{did_you_mean(wanted, there)}; columns: {some(there, 20)}. Choose one with {flag}"
+        )
+        raise LacksColumn(message, lacking) if len(lacking) < len(columns) else InputError(message)
     shared = [c for c in candidates if all(c in there for there in columns.values())]
     if len(shared) == 1:
         return shared[0]
@@ -111,19 +118,6 @@ def find_column(
         f"Choose one that all have with {flag}",
         lacking,
     )
-
-
-def require_column(columns: Mapping[Path, Sequence[str]], wanted: str, flag: str) -> None:
-    """Refuse files that lack a column which was asked for; see `find_column`."""
-    lacking = [path for path, there in columns.items() if wanted not in there]
-    if not lacking:
-        return
-    there = columns[lacking[0]]
-    message = (
-        f"{some(map(str, lacking))} {have(len(lacking))} no obs column {wanted!r}"
-        f"{did_you_mean(wanted, there)}; columns: {some(there, 20)}. Choose one with {flag}"
-    )
-    raise LacksColumn(message, lacking) if len(lacking) < len(columns) else InputError(message)
 
 
 PLAIN = ("array", "boolean", "string-array")
@@ -241,16 +235,13 @@ def storage_problems(
         forms = {n.stored: some(m.node for m in nodes if m.stored == n.stored) for n in nodes}
         what = "; ".join(f"{names} (stored as {stored})" for stored, names in forms.items())
         lines = rewriting(*(n.line for n in nodes))
-        again = f"Write {them(len(files))} again with a current anndata"
-        problems.append(
-            f"{some(files)}: cell-load cannot read {what}. "
-            + (f"{again}, after {lines}" if lines else again)
-            + (
-                ", or train with --fast-loading, whose copies it can read"
-                if fast and all(n.mended for n in nodes)
-                else ""
-            )
+        problem = (
+            f"{some(files)}: cell-load cannot read {what}. Write {them(len(files))} again with "
         )
+        problem += f"a current anndata, after {lines}" if lines else "a current anndata"
+        if fast and all(n.mended for n in nodes):
+            problem += ", or train with --fast-loading, whose copies it can read"
+        problems.append(problem)
     return problems
 
 
@@ -376,10 +367,15 @@ def gene_names(file: h5py.File) -> list[str]:
     return list(map(str, read_values(file[name])))
 
 
-def columns_of_all(paths: Sequence[Path]) -> set[str]:
-    """obs columns that all of these files have."""
-    columns = []
+def columns_of(paths: Sequence[Path]) -> dict[Path, list[str]]:
+    """{file: its obs columns}."""
+    columns = {}
     for path in paths:
         with open_h5ad(path) as file:
-            columns.append(set(obs_columns(file)))
-    return set.intersection(*columns) if columns else set()
+            columns[path] = obs_columns(file)
+    return columns
+
+
+def columns_of_all(paths: Sequence[Path]) -> set[str]:
+    """obs columns that all of these files have."""
+    return set.intersection(*map(set, columns_of(paths).values())) if paths else set()

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from state_esm_features import h5ad
 from state_esm_features.console import (
     InputError,
     Notes,
@@ -30,16 +31,6 @@ from state_esm_features.experiment import (
     load_experiment,
 )
 from state_esm_features.files import data_file_origin, existing_file, sha256_of
-from state_esm_features.h5ad import (
-    LacksColumn,
-    find_column,
-    find_unreadable,
-    labels_in_no_cell,
-    obs_columns,
-    open_h5ad,
-    open_labels,
-    storage_problems,
-)
 from state_esm_features.option_groups import GENE_LIST_COLUMNS, PERT_COLUMNS, LabelOptions
 
 if TYPE_CHECKING:
@@ -92,6 +83,11 @@ class Labels:
         for label in found:
             self.holders.setdefault(label, []).append(str(origin["path"]))
 
+    def add_file(self, path: Path, column: str, labels: Iterable[str]) -> None:
+        """Add the labels in an obs column of a data file."""
+        self.columns[str(path)] = column
+        self.add(labels, **data_file_origin(path))
+
     def unused(self, path: str) -> Collection[str]:
         """Labels of an input that no cell has: no training and no prediction reads their vector.
 
@@ -99,7 +95,7 @@ class Labels:
         """
         if path not in self.in_no_cell:
             column = self.columns.get(path)
-            self.in_no_cell[path] = labels_in_no_cell(Path(path), column) if column else ()
+            self.in_no_cell[path] = h5ad.labels_in_no_cell(Path(path), column) if column else ()
         return self.in_no_cell[path]
 
     def needed_in(self, label: str) -> list[str]:
@@ -175,35 +171,7 @@ def require_control(
 
 def label_column(paths: Sequence[Path], pert_col: str | None) -> str:
     """The one obs column of all these files that has the labels."""
-    columns = {}
-    for path in paths:
-        with open_h5ad(path) as file:
-            columns[path] = obs_columns(file)
-    return find_column(columns, pert_col, PERT_COLUMNS, "--pert-col")
-
-
-def labels_of_files(
-    paths: Sequence[Path],
-    column: str,
-    control: str | None,
-    notes: Notes,
-    advice: str = NAME_CONTROL,
-) -> dict[Path, list[str]]:
-    """Labels of each file, all read from one column.
-
-    Files that are trained on have a `control`, which must be in each; cell-load reads them, while
-    anndata, which reads more, reads a template.
-    """
-    labels, unreadable = {}, {}
-    for path in paths:
-        with open_h5ad(path) as file:
-            labels[path], _ = open_labels(file, column)
-            unreadable[path] = find_unreadable(file, {f"obs/{column}": "labels"})
-        if control is not None:
-            require_control(control, labels[path], path, column, advice)
-    for problem in storage_problems(unreadable) if control is not None else ():
-        notes.warn(problem)
-    return labels
+    return h5ad.find_column(h5ad.columns_of(paths), pert_col, PERT_COLUMNS, "--pert-col")
 
 
 def add_toml_labels(labels: Labels, toml_path: Path, pert_col: str | None, notes: Notes) -> None:
@@ -220,10 +188,17 @@ def add_toml_labels(labels: Labels, toml_path: Path, pert_col: str | None, notes
         raise InputError(f"{toml_path}: [training], [zeroshot] and [fewshot] name no dataset")
     try:
         column = label_column(files, pert_col)
-    except LacksColumn as error:
+    except h5ad.LacksColumn as error:
         raise InputError(f"{error}{leave_out(error.files, by_dataset)}") from error
     advice = "Give its control cells that label, as in the run" if labels.for_run else NAME_CONTROL
-    in_files = labels_of_files(files, column, labels.control, notes, advice)
+    in_files, unreadable = {}, {}
+    for path in files:
+        with h5ad.open_h5ad(path) as file:
+            in_files[path], _ = h5ad.open_labels(file, column)
+            unreadable[path] = h5ad.find_unreadable(file, {f"obs/{column}": "labels"})
+        require_control(labels.control, in_files[path], path, column, advice)
+    for problem in h5ad.storage_problems(unreadable):
+        notes.warn(problem)
     add_labels_found(labels, in_files, column, experiment, toml_path)
     if labels.fewshot_only:
         notes.warn(names_of_no_file(labels.fewshot_only, {x for f in in_files.values() for x in f}))
@@ -238,8 +213,7 @@ def add_labels_found(
 ) -> None:
     """Add the labels of the files of a TOML, and those that its [fewshot] names."""
     for path, found in in_files.items():
-        labels.columns[str(path)] = column
-        labels.add(found, **data_file_origin(path))
+        labels.add_file(path, column, found)
     splits = [split for kept in experiment.fewshot.values() for split in kept.items()]
     named = [x for _, names in splits for x in names]
     labels.in_no_cell[str(toml_path)] = set(named)
@@ -304,9 +278,9 @@ def collect_labels(options: LabelOptions, notes: Notes, for_run: bool = False) -
         add_toml_labels(labels, options.from_toml, options.pert_col, notes)
     if options.adata:
         column = label_column(options.adata, options.pert_col)
-        for path, found in labels_of_files(options.adata, column, None, notes).items():
-            labels.columns[str(path)] = column
-            labels.add(found, **data_file_origin(path))
+        for path in options.adata:
+            with h5ad.open_h5ad(path) as file:
+                labels.add_file(path, column, h5ad.open_labels(file, column)[0])
     for path in options.gene_list:
         labels.add(
             read_gene_list(path, options.pert_col, notes),
