@@ -421,7 +421,7 @@ def leave_out(odd: Sequence[Path], by_dataset: Mapping[str, Sequence[Path]]) -> 
     """What to do if files of a dataset are none of the training, such as a template to predict."""
     name, files = next((n, files) for n, files in by_dataset.items() if odd[0] in files)
     rest = [f for f in files if f not in odd]
-    if len(files) == 1 or not rest:
+    if not rest:
         return ""
     path = brace_path(rest) if len(rest) <= 10 else ""
     return (
@@ -451,10 +451,4 @@ def toml_text(experiment: ExperimentConfig, datasets: Mapping[str, str]) -> str:
     """The experiment as a cell-load TOML, with these paths."""
     import toml
 
-    content = {
-        "datasets": dict(datasets),
-        "training": experiment.training,
-        "zeroshot": experiment.zeroshot,
-        "fewshot": experiment.fewshot,
-    }
-    return toml.dumps(content)
+    return toml.dumps(vars(experiment) | {"datasets": dict(datasets)})
