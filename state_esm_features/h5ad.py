@@ -82,15 +82,8 @@ def find_column(
         No file has it, or there is none or more than one candidate.
     """
     if wanted is not None:
-        lacking = [path for path, there in columns.items() if wanted not in there]
-        if not lacking:
-            return wanted
-        there = columns[lacking[0]]
-        message = (
-            f"{some(map(str, lacking))} {have(len(lacking))} no obs column {wanted!r}"
-            f"{did_you_mean(wanted, there)}; columns: {some(there, 20)}. Choose one with {flag}"
-        )
-        raise LacksColumn(message, lacking) if len(lacking) < len(columns) else InputError(message)
+        require_column(columns, wanted, flag)
+        return wanted
     shared = [c for c in candidates if all(c in there for there in columns.values())]
     if len(shared) == 1:
         return shared[0]
@@ -118,6 +111,19 @@ def find_column(
         f"Choose one that all have with {flag}",
         lacking,
     )
+
+
+def require_column(columns: Mapping[Path, Sequence[str]], wanted: str, flag: str) -> None:
+    """Refuse files that lack a column which was asked for; see `find_column`."""
+    lacking = [path for path, there in columns.items() if wanted not in there]
+    if not lacking:
+        return
+    there = columns[lacking[0]]
+    message = (
+        f"{some(map(str, lacking))} {have(len(lacking))} no obs column {wanted!r}"
+        f"{did_you_mean(wanted, there)}; columns: {some(there, 20)}. Choose one with {flag}"
+    )
+    raise LacksColumn(message, lacking) if len(lacking) < len(columns) else InputError(message)
 
 
 PLAIN = ("array", "boolean", "string-array")
