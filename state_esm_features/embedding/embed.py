@@ -55,26 +55,11 @@ def choose_device(name: str) -> torch.device:
     """--device; `auto` takes a GPU that is there."""
     import torch
 
-    there = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    if name == "auto":
-        name = next(device for device, is_there in there.items() if is_there)
-    if not there[name]:
+    gpus = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    there = [gpu for gpu, is_there in gpus.items() if is_there] + ["cpu"]
+    if name not in ("auto", *there):
         raise InputError(f"--device {name}: torch sees none here; use --device auto or cpu")
-    return torch.device(name)
-
-
-def choose_precision(name: str, device: torch.device) -> str:
-    """--precision; `auto` is bfloat16 on a GPU made for it, float32 everywhere else."""
-    import torch
-
-    if name != "auto":
-        return name
-    made_for_it = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    return "bfloat16" if made_for_it else "float32"
+    return torch.device(there[0] if name == "auto" else name)
 
 
 def slow_in(dtype: torch.dtype) -> bool:
@@ -96,18 +81,24 @@ def slow_in(dtype: torch.dtype) -> bool:
     torch.set_num_threads(1)
     try:
         # in turn, so that whatever else this machine does slows down both
-        half, single = zip(
-            *((seconds(dtype), seconds(torch.float32)) for _ in range(6)), strict=True
-        )
+        pairs = [(seconds(dtype), seconds(torch.float32)) for _ in range(6)]
     finally:
         torch.set_num_threads(cores)
-    return min(half) > 2 * min(single)
+    return min(half for half, _ in pairs) > 2 * min(single for _, single in pairs)
 
 
 def choose_recipe(checkpoint: Checkpoint, options: SequenceOptions) -> Recipe:
-    """What the command line and the device make of a model."""
+    """What the command line and the device make of a model.
+
+    `auto` is bfloat16 on a GPU made for it, float32 everywhere else.
+    """
+    import torch
+
     layer = checkpoint.layers if options.layer is None else options.layer
-    precision = choose_precision(options.precision, choose_device(options.device))
+    precision, device = options.precision, choose_device(options.device)
+    if precision == "auto":
+        on_gpu = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        precision = "bfloat16" if on_gpu else "float32"
     return Recipe(checkpoint.sha256, layer, "mean", options.long, precision, ENCODER)
 
 
@@ -170,11 +161,7 @@ def find_checkpoint(
 
 
 def embed_genes(
-    genes: Sequence[str],
-    proteins: Proteins,
-    checkpoint: Checkpoint,
-    options: SequenceOptions,
-    for_run: bool,
+    genes: Sequence[str], proteins: Proteins, checkpoint: Checkpoint, for_run: bool
 ) -> dict[str, torch.Tensor]:
     """{gene: mean vector of its proteins, float32 (width,)}; each sequence is embedded once.
 
@@ -185,6 +172,7 @@ def embed_genes(
     """
     import torch
 
+    options = proteins.options
     recipe = choose_recipe(checkpoint, options)
     proteins.recipe, proteins.width = recipe, checkpoint.width
     sequences = list(dict.fromkeys(p.sequence for gene in genes for p in proteins[gene]))

@@ -59,15 +59,13 @@ class Proteins:
         {reason: identifiers of the records}.
     refused
         {gene: why a record of it was left out}.
-    isoforms, long, model
-        As on the command line.
+    options
+        The model, and how it is used.
     recipe, width
         How vectors were computed and how long they are; None as long as none was needed.
     """
 
-    isoforms: str
-    long: str
-    model: str
+    options: SequenceOptions
     recipe: Recipe | None = None
     width: int | None = None
     files: list[dict[str, Any]] = field(default_factory=list)
@@ -85,26 +83,18 @@ class Proteins:
     def __getitem__(self, gene: str) -> list[Protein]:
         """The proteins whose mean is the gene's vector, as --isoforms has it."""
         proteins = self.genes[gene]
-        if self.isoforms == "longest":
+        if self.options.isoforms == "longest":
             return [max(proteins, key=lambda p: len(p.sequence))]
-        return proteins[:1] if self.isoforms == "first" else proteins
-
-    def why_not(self, gene: str) -> str | None:
-        """Why a gene that the files name has no usable sequence."""
-        return self.refused.get(gene)
+        return proteins[:1] if self.options.isoforms == "first" else proteins
 
     def origin(self, gene: str) -> dict[str, Any]:
         """What the manifest says of a gene: which proteins its vector was computed from."""
-        return {
-            "proteins": [
-                {
-                    "id": p.id,
-                    "residues": len(p.sequence),
-                    "windows": len(windows(len(p.sequence), self.long)),
-                }
-                for p in self[gene]
-            ]
-        }
+        proteins = []
+        for protein in self[gene]:
+            length = len(protein.sequence)
+            pieces = len(windows(length, self.options.long))
+            proteins.append({"id": protein.id, "residues": length, "windows": pieces})
+        return {"proteins": proteins}
 
     def add(self, header: str, raw: str) -> str:
         """File a record under its gene, or count why not; the sequence, in capitals."""
@@ -133,15 +123,17 @@ class Proteins:
         """What the manifest says of the sequences and the model."""
         return {
             "kind": "esm2",
-            "model": self.model,
+            "model": self.options.esm_model,
             **(asdict(self.recipe) if self.recipe else {}),
-            "isoforms": self.isoforms,
+            "isoforms": self.options.isoforms,
             "fasta": self.files,
             "left_out": self.left_out,
         }
 
     def __str__(self) -> str:
-        how = f" x {self.width:,}, {self.model} in {self.recipe.precision}" if self.recipe else ""
+        how = ""
+        if self.recipe:
+            how = f" x {self.width:,}, {self.options.esm_model} in {self.recipe.precision}"
         return f"{self.path} ({count(len(self.symbols), 'gene')}{how})"
 
 
@@ -196,7 +188,7 @@ def load_proteins(paths: Sequence[Path], options: SequenceOptions, notes: Notes)
     InputError
         A file cannot be read, holds no record or nucleotides; no record at all can be used.
     """
-    proteins = Proteins(options.isoforms, options.long, options.esm_model)
+    proteins = Proteins(options)
     records = 0
     for path in paths:
         letters: set[str] = set()

@@ -176,17 +176,13 @@ def named_as_controls(
     def stem(name: str) -> str:
         return re.sub(r"\d", "", letters(name))
 
-    found = {
-        r.label: r
-        for r in missing
-        if {p.kind for p in r.parts if p.reason} <= {CONTROL_NAMED}
-        and any(p.kind == CONTROL_NAMED for p in r.parts)
-    }
-    stems = {stem(p.name) for r in found.values() for p in r.parts if p.kind == CONTROL_NAMED}
+    named = [r for r in missing if {p.kind for p in r.parts if p.reason} == {CONTROL_NAMED}]
+    stems = {stem(p.name) for r in named for p in r.parts if p.kind == CONTROL_NAMED}
+    labels = {r.label for r in named}
     return [
         r
         for r in resolutions
-        if r.label in found
+        if r.label in labels
         or (
             stem(r.label) in stems
             and CONTROL_GUIDES.fullmatch(letters(r.label))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -139,14 +139,21 @@ def alias_option(name: str, key: str) -> str:
     return f"--alias {shlex.quote(f'{name}={key}')}"
 
 
+def without_gene(name: str, kind: str, reason: str, keys: Iterable[str] = ()) -> Gene:
+    """What a name without a gene is; each of `keys` is one that an alias could choose."""
+    paste = tuple(alias_option(name, key) for key in keys)
+    return Gene(name, "missing", reason=reason, kind=kind, paste=paste)
+
+
 PREFERRED = ", preferred to "
 """What --prefer-previous adds to how a name leads to its gene."""
 
 
+@dataclass(eq=False)
 class Resolver:
     """Finds the gene of a label: the rules, in their order.
 
-    Parameters
+    Attributes
     ----------
     sources
         Where vectors come from, in the order in which they are asked.
@@ -158,17 +165,12 @@ class Resolver:
         --separator, --label-regex, --prefer-previous and --hgnc.
     """
 
-    def __init__(
-        self,
-        sources: Sequence[Source],
-        aliases: Mapping[str, str],
-        control: str,
-        options: SymbolOptions,
-        notes: Notes,
-    ) -> None:
-        self.sources, self.aliases, self.control = sources, aliases, control
-        self.options, self.notes = options, notes
-        self.aliases_used: set[str] = set()
+    sources: Sequence[Source]
+    aliases: Mapping[str, str]
+    control: str
+    options: SymbolOptions
+    notes: Notes
+    aliases_used: set[str] = field(default_factory=set)
 
     @cached_property
     def names(self) -> list[Names]:
@@ -236,7 +238,7 @@ class Resolver:
         if name == self.control:
             return Gene(name, "control")
         if not name:
-            return Gene(name, "missing", reason="empty label or part", kind="no value")
+            return without_gene(name, "no value", "empty label or part")
         if name in self.aliases:
             self.aliases_used.add(name)
             return self.instead(name, self.aliases[name], "alias of", "alias")
@@ -266,7 +268,7 @@ class Resolver:
         if name == self.control or plain in CONTROL_NAMES:
             return self.control_named(name)
         if plain in NO_VALUES:
-            return Gene(name, "missing", reason=f"{name!r} stands for no value", kind="no value")
+            return without_gene(name, "no value", f"{name!r} stands for no value")
         return self.other_case(name) or self.other_name(name)
 
     def exact(self, name: str) -> Gene | None:
@@ -307,45 +309,44 @@ class Resolver:
             keys = keys_of_gene.get(gene, [])
             if len(keys) > 1:
                 reason = f"{name!r} is {symbol}, and so are {' and '.join(keys)} here"
-                paste = tuple(alias_option(name, key) for key in keys)
-                return Gene(name, "missing", reason=reason, kind="ambiguous", paste=paste)
+                return without_gene(name, "ambiguous", reason, keys)
             if keys:
                 here = f", here {keys[0]}" if keys[0] != symbol else ""
                 kind = "id" if how.endswith(" id") else "alias"
                 return Gene(name, kind, keys[0], i, f"{how} of {symbol}{here}{others}")
         if gene in names.no_protein:
             reason = f"{name!r} has no protein: {symbol} is a {names.no_protein[gene]} gene"
-            return Gene(name, "missing", reason=reason, kind="no protein")
+            return without_gene(name, "no protein", reason)
         if keys := self.doubtful_keys_of_gene.get(gene, []):
             reason = f"{name!r} may be {' or '.join(keys)} here, which may be another gene too"
-            paste = tuple(alias_option(name, key) for key in keys)
-            return Gene(name, "missing", reason=reason, kind="ambiguous", paste=paste)
+            return without_gene(name, "ambiguous", reason, keys)
         if how == APPROVED:
             return self.not_found(name, ", though a human gene")
         return self.not_found(name, f", nor is {symbol}, whose {how} it is")
 
     def ambiguous(self, name: str, names: Names, found: Mapping[str, str]) -> Gene:
         """A name that several genes have, and the aliases that would choose one of them."""
-        said, paste = [], []
+        said, choices = [], []
         for gene, how in found.items():
             symbol = names.symbol_of(gene)
             keys = [k for keys in self.keys_of_gene for k in keys.get(gene, [])][:1]
             said.append(f"{symbol} ({how}{'' if keys else ', not here'})")
-            paste += [alias_option(name, key) for key in keys]
+            choices += keys
         reason = f"{name!r} is ambiguous: {' or '.join(said)}"
-        return Gene(name, "missing", reason=reason, kind="ambiguous", paste=tuple(paste))
+        return without_gene(name, "ambiguous", reason, choices)
 
     def control_named(self, name: str) -> Gene:
         """A name that only controls have."""
-        reason = f"{name!r} is the name of a control, not of a gene"
-        return Gene(name, "missing", reason=reason, kind=CONTROL_NAMED)
+        return without_gene(
+            name, CONTROL_NAMED, f"{name!r} is the name of a control, not of a gene"
+        )
 
     def not_found(self, name: str, more: str = "") -> Gene:
         """A name that no source has."""
         kinds = {"table" if isinstance(s, Table) else "FASTA file": None for s in self.sources}
-        why = next((f" ({why})" for s in self.sources if (why := s.why_not(name))), "")
-        reason = f"{name!r} is in no {' or '.join(kinds)}{why}{more}"
-        return Gene(name, "missing", reason=reason, kind=NOT_FOUND)
+        refused = [s.refused for s in self.sources if isinstance(s, Proteins)]
+        why = next((f" ({reasons[name]})" for reasons in refused if name in reasons), "")
+        return without_gene(name, NOT_FOUND, f"{name!r} is in no {' or '.join(kinds)}{why}{more}")
 
 
 def resolve(names: Iterable[str], resolver: Resolver) -> list[Resolution]:

@@ -48,10 +48,6 @@ class Table:
     def __iter__(self) -> Iterator[str]:
         return iter(self.vectors)
 
-    def why_not(self, gene: str) -> str | None:
-        """Why a gene that was meant to be in it is not: never known of a table."""
-        return None
-
     def origin(self, gene: str) -> dict[str, Any]:
         """What the manifest says of a gene beside its source: nothing, of a table."""
         return {}

@@ -79,8 +79,7 @@ class Resolved:
                 check_vectors(looked_up, source.path)
                 vectors |= looked_up
             elif self.checkpoint is not None:
-                sequences, for_run = self.options.sequences, self.labels.for_run
-                vectors |= embed_genes(genes, source, self.checkpoint, sequences, for_run)
+                vectors |= embed_genes(genes, source, self.checkpoint, self.labels.for_run)
         return vectors
 
     def features(
