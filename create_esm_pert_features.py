@@ -75,7 +75,7 @@ from state_esm_features.embedding.features_file import (
 from state_esm_features.embedding.labels import collect_labels
 from state_esm_features.embedding.plot import draw
 from state_esm_features.embedding.report import summary, write_report
-from state_esm_features.embedding.vectors import note_identical, with_vectors
+from state_esm_features.embedding.vectors import note_identical
 from state_esm_features.experiment import features_section, note_section
 from state_esm_features.files import begins_with, cannot_write
 from state_esm_features.h5ad import columns_of_all
@@ -162,7 +162,7 @@ def write_file(
         return 0
     notes.say()
     features, vectors = resolved.features(ablation)
-    own = with_vectors(resolved.resolutions, features)
+    own = resolved.own(features)
     if output.report:
         write_report(output.report, resolved, own)
     if output.plot:
@@ -211,7 +211,7 @@ def extend_run(
     names, known = list(labels.names), run.vectors(run.features)
     resolved, vectors = resolve_for_run(run, known, labels, options, notes)
     notes.say()
-    added = add_to_run(run, vectors, resolved, options, command, notes)
+    added = add_to_run(run, vectors, resolved, command, notes)
     problems, doubts = check_templates(run, wanted.adata, wanted.pert_col)
     zeros, filled = filled_in(run, names, known)
     for text in (*problems, *doubts, *zeros, *filled):

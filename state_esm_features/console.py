@@ -50,9 +50,9 @@ def shown(name: str) -> str:
     return repr(name) if unseen or not name else name
 
 
-def some(items: Iterable[str], limit: int = 5) -> str:
+def some(items: Iterable[object], limit: int = 5) -> str:
     """First items of a list for a message: 'A, B, C, D, E, ...'."""
-    names = list(items)
+    names = list(map(str, items))
     return ", ".join(map(shown, names[:limit])) + (", ..." if len(names) > limit else "")
 
 

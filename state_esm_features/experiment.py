@@ -340,7 +340,7 @@ def find_data_files(
         if hidden:
             notes.warn(
                 f"dataset {name!r}: cell-load keeps one file per name and does not read "
-                f"{some(map(str, hidden))}; rename {them(len(hidden))}"
+                f"{some(hidden)}; rename {them(len(hidden))}"
             )
         if not files[name]:
             problems.append(_no_file_message(name, path, toml_path))
@@ -362,14 +362,14 @@ def _files_passed_over(path: str, files: Sequence[Path], read: Collection[Path])
     others = [f for f in other_endings(path) if f.resolve() not in read]
     if others:
         texts.append(
-            f"cell-load reads what is named .h5 or .h5ad, not {some(map(str, others))}. Convert "
+            f"cell-load reads what is named .h5 or .h5ad, not {some(others)}. Convert "
             f"or rename {them(len(others))}, or move {them(len(others))} out of the folder"
         )
     deeper = [f for f in deeper_files(path) if f.resolve() not in read]
     if deeper:
         texts.append(
             f"{_why_not_deeper(path)}: {count(len(deeper), 'file')} not read "
-            f"({some(map(str, deeper))}). To read {them(len(deeper))} too, give "
+            f"({some(deeper)}). To read {them(len(deeper))} too, give "
             f"{path_of_all(path, [*files, *deeper])}"
         )
     dotted = [str(f) for f in files if f.name.startswith(".")]
@@ -394,11 +394,11 @@ def _no_file_message(name: str, path: str, toml_path: Path) -> str:
         return f"{message}, which is a link to {Path(path).readlink()}, where nothing is"
     if deeper:
         return (
-            f"{message}: {_why_not_deeper(path)}. To read {some(map(str, deeper))}, give "
+            f"{message}: {_why_not_deeper(path)}. To read {some(deeper)}, give "
             f"{path_of_all(path, deeper)}"
         )
     if others:
-        return f"{message}, but {some(map(str, others))}: convert or rename {them(len(others))}"
+        return f"{message}, but {some(others)}: convert or rename {them(len(others))}"
     whole = os.path.expandvars(os.path.expanduser(path))  # noqa: PTH111
     for meant in (whole, f"{path}.h5ad", f"{path}.h5"):
         if meant != path and searched(meant):
@@ -425,7 +425,7 @@ def leave_out(odd: Sequence[Path], by_dataset: Mapping[str, Sequence[Path]]) -> 
         return ""
     path = brace_path(rest) if len(rest) <= 10 else ""
     return (
-        f". If {some(map(str, odd))} {'is' if len(odd) == 1 else 'are'} not to be trained on (a "
+        f". If {some(odd)} {'is' if len(odd) == 1 else 'are'} not to be trained on (a "
         f"template to predict, say), move {them(len(odd))} out, or give "
         + (f"{name} = {json.dumps(path, ensure_ascii=False)}" if path else "the files in braces")
     )

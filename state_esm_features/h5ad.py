@@ -106,7 +106,7 @@ def find_column(
         )
     others = [str(path) for path in columns if path not in lacking]
     raise LacksColumn(
-        f"{some(map(str, lacking))} {have(len(lacking))} no obs column {most}, which "
+        f"{some(lacking)} {have(len(lacking))} no obs column {most}, which "
         f"{some(others)} {have(len(others))}; columns there: {some(columns[lacking[0]], 20)}. "
         f"Choose one that all have with {flag}",
         lacking,
@@ -120,7 +120,7 @@ def require_column(columns: Mapping[Path, Sequence[str]], wanted: str, flag: str
         return
     there = columns[lacking[0]]
     message = (
-        f"{some(map(str, lacking))} {have(len(lacking))} no obs column {wanted!r}"
+        f"{some(lacking)} {have(len(lacking))} no obs column {wanted!r}"
         f"{did_you_mean(wanted, there)}; columns: {some(there, 20)}. Choose one with {flag}"
     )
     raise LacksColumn(message, lacking) if len(lacking) < len(columns) else InputError(message)

@@ -277,7 +277,7 @@ def raw() -> Raw:
 
 def resolve(keys: Iterable[str], labels: Iterable[str]) -> dict[str, Gene]:
     table = Table(Path("t.pt"), dict.fromkeys(keys, torch.ones(1)), 1)
-    resolver = Resolver([table], {}, "control", SymbolOptions(), Notes())
+    resolver = Resolver([table], "control", SymbolOptions(), Notes())
     return {label: resolver.gene(label) for label in labels}
 
 

@@ -15,14 +15,7 @@ from state_esm_features.embedding.fasta import load_proteins
 from state_esm_features.embedding.labels import Labels
 from state_esm_features.embedding.missing import check_missing, leave_out_unused, say_left_out
 from state_esm_features.embedding.report import write_report
-from state_esm_features.embedding.resolve import (
-    Resolution,
-    Resolver,
-    Source,
-    genes_by_source,
-    read_aliases,
-    resolve,
-)
+from state_esm_features.embedding.resolve import Resolution, Resolver, Source, resolve
 from state_esm_features.embedding.tables import open_tables
 from state_esm_features.embedding.vectors import Resolved
 from state_esm_features.option_groups import FeatureOptions
@@ -59,20 +52,18 @@ def resolve_labels(
         genes = [g for source in sources for g in source.symbols if g != labels.control]
         labels.add(genes, path=some(str(source.path) for source in sources), kind="all-genes")
     names = dict.fromkeys([*labels.names, labels.control])
-    aliases = read_aliases(options.symbols.alias, options.symbols.aliases)
-    resolver = Resolver(sources, aliases, labels.control, options.symbols, notes)
+    resolver = Resolver(sources, labels.control, options.symbols, notes)
     every, missing = resolve(names, resolver), options.policy.missing
     left_out = leave_out_unused(every, labels, missing)
     without = {r.label for r in left_out}
     resolutions = [r for r in every if r.label not in without]
-    used = genes_by_source(resolutions, sources)
-    resolved = Resolved(labels, options, resolver, resolutions, left_out, used)
+    resolved = Resolved(labels, options, resolver, resolutions, left_out)
     if report:
         write_report(report, resolved)
     check_missing(resolved, can_report)
     for text in warn_of_left_out(left_out, labels):
         notes.warn(text)
-    if not any(used) and not labels.for_run:
+    if not any(resolved.used) and not labels.for_run:
         raise InputError(
             f"none of the {count(len(names) - 1, 'label')} is in a source: other species or "
             f"naming? labels: {some(names)}; {sources[0].path}: {some(sources[0].symbols)}"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from state_esm_features import __version__
 from state_esm_features.console import Notes
 from state_esm_features.embedding.resolve import Gene, Resolution, Source, how_resolved
-from state_esm_features.embedding.vectors import Resolved, identical, with_vectors
+from state_esm_features.embedding.vectors import Resolved, identical
 from state_esm_features.files import as_json, keep, place_to_keep, read_json, sha256_of, staged
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def build_manifest(
         "ablation": ablation,
         "labels": {r.label: label_record(r, resolver.sources, policy.missing) for r in resolutions},
         "missing": {r.label: r.reason for r in resolutions if r.reason},
-        "identical": identical(with_vectors(resolutions, features)),
+        "identical": identical(resolved.own(features)),
     } | ({"left_out": left_out} if left_out else {})
 
 

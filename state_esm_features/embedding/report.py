@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from state_esm_features.console import count
 from state_esm_features.embedding.missing import missing_by_kind
 from state_esm_features.embedding.resolve import how_resolved
-from state_esm_features.embedding.vectors import Resolved, nearest, with_vectors
+from state_esm_features.embedding.vectors import Resolved, nearest
 from state_esm_features.files import write_whole
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def summary(
         how = f"{ablation['kind']}, seed {ablation['seed']}"
         rows.append(("ablation", f"{how}: no gene has its own vector"))
     elif features is not None:
-        vectors = with_vectors(resolutions, features)
+        vectors = resolved.own(features)
         known = [gene for gene in WELL_KNOWN if gene in vectors][:3]
         for gene, near in nearest(vectors, known, 5).items() if len(vectors) > 5 else ():
             listed = ", ".join(f"{name} {cosine:.3f}" for name, cosine in near)

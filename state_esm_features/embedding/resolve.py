@@ -157,20 +157,22 @@ class Resolver:
     ----------
     sources
         Where vectors come from, in the order in which they are asked.
-    aliases
-        The user's {label: key}.
     control
         The control label.
     options
-        --separator, --label-regex, --prefer-previous and --hgnc.
+        Of these rules.
+    aliases
+        The user's {label: key}.
     """
 
     sources: Sequence[Source]
-    aliases: Mapping[str, str]
     control: str
     options: SymbolOptions
     notes: Notes
     aliases_used: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.aliases = read_aliases(self.options.alias, self.options.aliases)
 
     @cached_property
     def names(self) -> list[Names]:
@@ -365,14 +367,6 @@ def resolve(names: Iterable[str], resolver: Resolver) -> list[Resolution]:
     if preferred := {f"{p.name} is {p.via}": None for p in parts if PREFERRED in (p.via or "")}:
         resolver.notes.warn(f"--prefer-previous: {'; '.join(preferred)}")
     return resolutions
-
-
-def genes_by_source(
-    resolutions: Iterable[Resolution], sources: Sequence[Source]
-) -> list[list[str]]:
-    """The genes that are used of each source."""
-    used = {p.gene: p.source for r in resolutions for p in r.parts if p.gene is not None}
-    return [[g for g, source in used.items() if source == i] for i in range(len(sources))]
 
 
 def how_resolved(resolution: Resolution, missing: str) -> str:

@@ -6,8 +6,9 @@ How the genes are found is not known here.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from state_esm_features.embedding.esm2 import Checkpoint
 from state_esm_features.embedding.labels import Labels
 from state_esm_features.embedding.resolve import Resolution, Resolver
 from state_esm_features.embedding.tables import Table
-from state_esm_features.option_groups import ESM2_WIDTHS, FeatureOptions, PolicyOptions
+from state_esm_features.option_groups import ESM2_WIDTHS, FeatureOptions
 
 if TYPE_CHECKING:
     import torch
@@ -31,8 +32,6 @@ class Resolved:
     ----------
     left_out
         Labels that no cell has and no source: they get no vector.
-    used
-        Genes that are used of each source.
     checkpoint
         The model that computes those of the sequences; None if there is nothing to compute, or if
         a dry run would have to download it.
@@ -43,8 +42,14 @@ class Resolved:
     resolver: Resolver
     resolutions: list[Resolution]
     left_out: list[Resolution]
-    used: list[list[str]]
     checkpoint: Checkpoint | None = None
+
+    @cached_property
+    def used(self) -> list[list[str]]:
+        """Genes that are used of each source."""
+        used = {p.gene: p.source for r in self.resolutions for p in r.parts if p.gene is not None}
+        indices = range(len(self.resolver.sources))
+        return [[gene for gene, source in used.items() if source == i] for i in indices]
 
     @property
     def tables(self) -> list[Table]:
@@ -89,8 +94,39 @@ class Resolved:
         vectors = self.vectors()
         if ablation:
             vectors = ablate(vectors, ablation["kind"], ablation["seed"])
-        width = len(next(iter(vectors.values())))
-        return build_features(self.resolutions, vectors, width, self.options.policy), vectors
+        return self.combined(vectors, len(next(iter(vectors.values())))), vectors
+
+    def combined(self, vectors: Mapping[str, torch.Tensor], width: int) -> dict[str, torch.Tensor]:
+        """One vector a label, made of the genes' (width,), in the order of the labels.
+
+        A combination is the sum (as in scLAMBDA) or mean of its genes' vectors; the control is zero
+        and adds nothing to it. A missing gene gets what --missing says: `mean` is the mean of the
+        vectors of all genes that this run found.
+        """
+        import torch
+
+        policy, zero = self.options.policy, torch.zeros(width)
+        filler = zero
+        if policy.missing == "mean":
+            filler = torch.stack([vectors[g] for g in sorted(vectors)]).double().mean(0).float()
+        features = {}
+        for resolution in self.resolutions:
+            genes = [p for p in resolution.parts if p.how != "control"]
+            vector = filler.clone() if resolution.reason else zero.clone()
+            if genes:
+                parts = [vectors[p.gene] if p.gene is not None else filler for p in genes]
+                stacked = torch.stack(parts)
+                vector = stacked.sum(0) if policy.combine == "sum" else stacked.mean(0)
+            features[resolution.label] = vector
+        return features
+
+    def own(self, features: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """{label: vector} of those that have one of their own: not the control, not filled in."""
+        return {
+            r.label: features[r.label]
+            for r in self.resolutions
+            if not r.reason and any(p.how != "control" for p in r.parts)
+        }
 
 
 def check_vectors(vectors: Mapping[str, torch.Tensor], path: Path) -> None:
@@ -141,13 +177,6 @@ def shuffle_vectors(vectors: Mapping[str, torch.Tensor], seed: int) -> dict[str,
     }
 
 
-def onehot_vectors(vectors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """One vector a gene, as wide as there are genes: what State takes where it has no features."""
-    import torch
-
-    return dict(zip(sorted(vectors), torch.eye(len(vectors)).unbind(), strict=True))
-
-
 def random_vectors(vectors: Mapping[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
     """Gaussian vectors that have the mean and spread of the real ones in every dimension."""
     import numpy as np
@@ -161,51 +190,15 @@ def random_vectors(vectors: Mapping[str, torch.Tensor], seed: int) -> dict[str, 
 
 
 def ablate(vectors: Mapping[str, torch.Tensor], kind: str, seed: int) -> dict[str, torch.Tensor]:
-    """What --ablation puts in the place of the vectors: {gene: float32 (width,)}."""
-    if kind == "onehot":
-        return onehot_vectors(vectors)
-    return (shuffle_vectors if kind == "shuffle" else random_vectors)(vectors, seed)
+    """What --ablation puts in the place of the vectors: {gene: float32 (width,)}.
 
-
-def build_features(
-    resolutions: Sequence[Resolution],
-    vectors: Mapping[str, torch.Tensor],
-    width: int,
-    policy: PolicyOptions,
-) -> dict[str, torch.Tensor]:
-    """One vector a label, in the order of the labels.
-
-    A combination is the sum (as in scLAMBDA) or mean of its genes' vectors; the control is zero and
-    adds nothing to it. A missing gene gets what --missing says: `mean` is the mean of the vectors
-    of all genes that this run found.
+    Of onehot the width is the number of genes: what State takes where it has no features.
     """
     import torch
 
-    zero = torch.zeros(width)
-    filler = zero
-    if policy.missing == "mean":
-        filler = torch.stack([vectors[g] for g in sorted(vectors)]).double().mean(0).float()
-    features = {}
-    for resolution in resolutions:
-        genes = [p for p in resolution.parts if p.how != "control"]
-        vector = filler.clone() if resolution.reason else zero.clone()
-        if genes:
-            parts = [vectors[p.gene] if p.gene is not None else filler for p in genes]
-            stacked = torch.stack(parts)
-            vector = stacked.sum(0) if policy.combine == "sum" else stacked.mean(0)
-        features[resolution.label] = vector
-    return features
-
-
-def with_vectors(
-    resolutions: Iterable[Resolution], features: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """{label: vector} of the labels that have one of their own: not the control, not filled in."""
-    return {
-        r.label: features[r.label]
-        for r in resolutions
-        if not r.reason and any(p.how != "control" for p in r.parts)
-    }
+    if kind == "onehot":
+        return dict(zip(sorted(vectors), torch.eye(len(vectors)).unbind(), strict=True))
+    return (shuffle_vectors if kind == "shuffle" else random_vectors)(vectors, seed)
 
 
 def identical(vectors: Mapping[str, torch.Tensor]) -> list[list[str]]:

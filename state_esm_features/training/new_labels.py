@@ -23,13 +23,7 @@ from state_esm_features.embedding.features_file import (
 from state_esm_features.embedding.labels import Labels
 from state_esm_features.embedding.report import summary
 from state_esm_features.embedding.tables import Table
-from state_esm_features.embedding.vectors import (
-    Resolved,
-    build_features,
-    identical,
-    note_identical,
-    with_vectors,
-)
+from state_esm_features.embedding.vectors import Resolved, identical, note_identical
 from state_esm_features.files import keep, run_lock, sha256_of, staged
 from state_esm_features.option_groups import FeatureOptions
 from state_esm_features.training.trained_run import TrainedRun
@@ -137,9 +131,9 @@ def resolve_for_run(
     resolved = resolve_labels(labels, options, notes)
     assert resolved is not None  # only a dry run has no source
     check_same_model(resolved, run, manifest, options, notes)
-    vectors = new_vectors(resolved, run, known, manifest, options)
+    vectors = new_vectors(resolved, run, known, manifest)
     others = {x: v for x, v in known.items() if x not in {run.control, *manifest["missing"]}}
-    note_identical(others | with_vectors(resolved.resolutions, vectors), notes, new)
+    note_identical(others | resolved.own(vectors), notes, new)
     notes.line(summary(resolved, vectors))
     return resolved, vectors
 
@@ -149,7 +143,6 @@ def new_vectors(
     run: TrainedRun,
     known: Mapping[str, torch.Tensor],
     manifest: Mapping[str, Any],
-    options: FeatureOptions,
 ) -> dict[str, torch.Tensor]:
     """{new label: vector}; the mean of --missing mean is over the run's genes and the new ones."""
     genes = {
@@ -158,7 +151,7 @@ def new_vectors(
         if "gene" in record
     }
     vectors = genes | resolved.vectors()
-    features = build_features(resolved.resolutions, vectors, manifest["width"], options.policy)
+    features = resolved.combined(vectors, manifest["width"])
     return {label: vector for label, vector in features.items() if label != run.control}
 
 
@@ -166,7 +159,6 @@ def add_to_run(
     run: TrainedRun,
     vectors: Mapping[str, torch.Tensor],
     resolved: Resolved | None,
-    options: FeatureOptions,
     command: Sequence[str],
     notes: Notes,
 ) -> list[str]:

@@ -18,10 +18,7 @@ from state_esm_features.embedding.features import resolve_labels
 from state_esm_features.embedding.features_file import build_manifest, read_manifest, write_features
 from state_esm_features.embedding.labels import Labels, add_labels_found
 from state_esm_features.embedding.report import summary
-from state_esm_features.embedding.vectors import (
-    note_identical,
-    with_vectors,
-)
+from state_esm_features.embedding.vectors import note_identical
 from state_esm_features.files import existing_file
 from state_esm_features.h5ad import storage_problems
 from state_esm_features.option_groups import (
@@ -134,7 +131,7 @@ def make_features(
             found.line(f"{count(len(resolved.to_embed), 'gene')} to compute before the training")
         return None, {**unknown, "width": resolved.width or 0}
     features, _ = resolved.features()
-    note_identical(with_vectors(resolved.resolutions, features), found)
+    note_identical(resolved.own(features), found)
     found.line(summary(resolved, features))
     path = place / OWN_FEATURES
     manifest = partial(build_manifest, resolved, features, command, None)
