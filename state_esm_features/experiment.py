@@ -113,14 +113,9 @@ def experiment_problems(experiment: ExperimentConfig) -> list[str]:
             wrong = f'[training] {name} = {split!r}: the only value is "train"'
             settings = f", and each name one of [datasets]. {SETTINGS_GO}"
             problems.append(wrong + ("" if name in experiment.datasets else settings))
-    for key, split in experiment.zeroshot.items():
-        problems += _held_out_key_problems("zeroshot", key, split)
-        if "." in key and not isinstance(split, dict) and split not in SPLITS:
-            problems.append(f'[zeroshot] "{key}" = {split!r}: unknown split, use val or test')
-    for key, splits in experiment.fewshot.items():
-        problems += _held_out_key_problems("fewshot", key, splits)
-        if "." in key and isinstance(splits, dict):
-            problems += _fewshot_split_problems(key, splits)
+    for section in ("zeroshot", "fewshot"):
+        for key, value in getattr(experiment, section).items():
+            problems += _held_out_problems(section, key, value)
     for name in sorted(set(map(str, experiment.get_all_datasets())) - set(experiment.datasets)):
         problems.append(
             f"dataset {name!r} is used but has no path under [datasets]"
@@ -129,19 +124,21 @@ def experiment_problems(experiment: ExperimentConfig) -> list[str]:
     return problems
 
 
-def _held_out_key_problems(section: str, key: str, value: object) -> list[str]:
+def _held_out_problems(section: str, key: str, value: object) -> list[str]:
     """A key of [zeroshot] or [fewshot] must be one quoted string, "dataset.cell_type"."""
     if "." in key:
-        shape_ok = isinstance(value, dict) == (section == "fewshot")
-        return [] if shape_ok else [f'[{section}] "{key}" = {value!r} is not understood']
+        if isinstance(value, dict) != (section == "fewshot"):
+            return [f'[{section}] "{key}" = {value!r} is not understood']
+        if isinstance(value, dict):
+            return _fewshot_split_problems(key, value)
+        wrong = f'[zeroshot] "{key}" = {value!r}: unknown split, use val or test'
+        return [] if value in SPLITS else [wrong]
     if isinstance(value, dict) and value and not set(value) & set(SPLITS):
         # an unquoted a.b = ... is a nested table in TOML
         cell_type = next(iter(value))
-        right = (
-            f'"{key}.{cell_type}" = "{value[cell_type]}"'
-            if section == "zeroshot"
-            else f'[fewshot."{key}.{cell_type}"]'
-        )
+        right = f'[fewshot."{key}.{cell_type}"]'
+        if section == "zeroshot":
+            right = f'"{key}.{cell_type}" = "{value[cell_type]}"'
         return [f"[{section}] {key}.{cell_type} needs quotes around the whole name: {right}"]
     return [f'[{section}] "{key}" names no cell type: write "{key}.CELL_TYPE"']
 

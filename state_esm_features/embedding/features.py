@@ -13,7 +13,7 @@ from state_esm_features.console import InputError, Notes, count, some
 from state_esm_features.embedding.embed import find_checkpoint
 from state_esm_features.embedding.fasta import load_proteins
 from state_esm_features.embedding.labels import Labels
-from state_esm_features.embedding.missing import check_missing, leave_out_unused, say_left_out
+from state_esm_features.embedding.missing import check_missing, say_left_out
 from state_esm_features.embedding.report import write_report
 from state_esm_features.embedding.resolve import Resolution, Resolver, Source, resolve
 from state_esm_features.embedding.tables import open_tables
@@ -50,19 +50,20 @@ def resolve_labels(
         return None
     if all_genes:
         genes = [g for source in sources for g in source.symbols if g != labels.control]
-        labels.add(genes, path=some(str(source.path) for source in sources), kind="all-genes")
+        labels.add(genes, path=some(source.path for source in sources), kind="all-genes")
     names = dict.fromkeys([*labels.names, labels.control])
     resolver = Resolver(sources, labels.control, options.symbols, notes)
     every, missing = resolve(names, resolver), options.policy.missing
-    left_out = leave_out_unused(every, labels, missing)
+    left_out = []
+    if missing == "error":  # cell-load gives such a category zeros, --into-run a vector later
+        left_out = [r for r in every if r.reason and not labels.needed_in(r.label)]
     without = {r.label for r in left_out}
     resolutions = [r for r in every if r.label not in without]
     resolved = Resolved(labels, options, resolver, resolutions, left_out)
     if report:
         write_report(report, resolved)
     check_missing(resolved, can_report)
-    for text in warn_of_left_out(left_out, labels):
-        notes.warn(text)
+    warn_of_left_out(left_out, labels, notes)
     if not any(resolved.used) and not labels.for_run:
         raise InputError(
             f"none of the {count(len(names) - 1, 'label')} is in a source: other species or "
@@ -83,11 +84,10 @@ def open_sources(options: FeatureOptions, dry_run: bool, notes: Notes) -> list[S
     return sources
 
 
-def warn_of_left_out(left_out: Sequence[Resolution], labels: Labels) -> list[str]:
-    """What to say of labels that get no vector, as no cell of a data file has them."""
+def warn_of_left_out(left_out: Sequence[Resolution], labels: Labels, notes: Notes) -> None:
+    """Labels that get no vector, as no cell of a data file has them, are said."""
     holders = {r.label: labels.holders[r.label] for r in left_out}
     files = dict.fromkeys(p for paths in holders.values() for p in paths if p in labels.columns)
     unused = [label for label, paths in holders.items() if not files.keys().isdisjoint(paths)]
-    if not unused or not labels.column:
-        return []
-    return [say_left_out(unused, files, labels.column, "")]
+    if unused and labels.column:
+        notes.warn(say_left_out(unused, files, labels.column, ""))

