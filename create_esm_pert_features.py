@@ -147,7 +147,6 @@ def write_file(
 ) -> int:
     """From labels to the features file, in the order of the data."""
     wanted, output = make(LabelOptions, given), make(OutputOptions, given)
-    ablation = make(AblationOptions, given).record()
     check_outputs(output, inputs_of(wanted, options))
     labels = collect_labels(wanted, notes)
     notes.say()
@@ -156,25 +155,26 @@ def write_file(
     )
     if resolved is None:  # a dry run that would have to download a table
         return 0
+    resolved = replace(resolved, ablation=make(AblationOptions, given).record())
     if output.dry_run and resolved.to_embed:
-        notes.line(summary(resolved, ablation=ablation))
+        notes.line(summary(resolved))
         notes.line(f"dry run: {count(len(resolved.to_embed), 'gene')} to compute, nothing written")
         return 0
     notes.say()
-    features, vectors = resolved.features(ablation)
+    features, vectors = resolved.features()
     own = resolved.own(features)
     if output.report:
         write_report(output.report, resolved, own)
     if output.plot:
         draw(output.plot, resolved, vectors, features)
     note_identical(own, notes)
-    notes.line(summary(resolved, features, ablation))
+    notes.line(summary(resolved, features))
     assert output.output is not None  # the parser has asked for it
     if output.dry_run:
         set_aside(output.output, notes, act=False)
         notes.line(f"dry run: {output.output} not written")
         return 0
-    manifest = partial(build_manifest, resolved, features, command, ablation)
+    manifest = partial(build_manifest, resolved, features, command)
     write_features(output.output, features, manifest, notes)
     notes.say()
     print(output.output)

@@ -8,17 +8,13 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from state_esm_features import __version__
 from state_esm_features.console import Notes
 from state_esm_features.embedding.resolve import Gene, Resolution, Source, how_resolved
-from state_esm_features.embedding.vectors import Resolved, identical
+from state_esm_features.embedding.vectors import Resolved, Vectors, identical
 from state_esm_features.files import as_json, keep, place_to_keep, read_json, sha256_of, staged
-
-if TYPE_CHECKING:
-    import torch
-
 
 MANIFEST_FORMAT = 1
 
@@ -57,11 +53,7 @@ def label_record(resolution: Resolution, sources: Sequence[Source], missing: str
 
 
 def build_manifest(
-    resolved: Resolved,
-    features: Mapping[str, torch.Tensor],
-    command: Sequence[str],
-    ablation: Mapping[str, Any] | None,
-    features_sha256: str,
+    resolved: Resolved, features: Vectors, command: Sequence[str], features_sha256: str
 ) -> dict[str, Any]:
     """The manifest: the same for the same inputs, so it holds no time of day."""
     import torch
@@ -91,7 +83,7 @@ def build_manifest(
             "label_regex": symbols.label_regex and symbols.label_regex.pattern,
             "prefer_previous": symbols.prefer_previous,
         },
-        "ablation": ablation,
+        "ablation": resolved.ablation,
         "labels": {r.label: label_record(r, resolver.sources, policy.missing) for r in resolutions},
         "missing": {r.label: r.reason for r in resolutions if r.reason},
         "identical": identical(resolved.own(features)),
@@ -108,10 +100,7 @@ def set_aside(path: Path, notes: Notes, act: bool) -> None:
 
 
 def write_features(
-    path: Path,
-    features: Mapping[str, torch.Tensor],
-    manifest: Callable[[str], dict[str, Any]],
-    notes: Notes,
+    path: Path, features: Vectors, manifest: Callable[[str], dict[str, Any]], notes: Notes
 ) -> None:
     """Save the features and their manifest, made from their sha256: both, or neither.
 

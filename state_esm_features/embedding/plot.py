@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from state_esm_features.console import InputError, count, some
 from state_esm_features.embedding.report import WELL_KNOWN
-from state_esm_features.embedding.vectors import Resolved, identical
+from state_esm_features.embedding.vectors import Resolved, Vectors, identical
 from state_esm_features.files import write_whole
 
 if TYPE_CHECKING:
@@ -35,12 +35,7 @@ def umap(vectors: torch.Tensor) -> Any:
     return data.obsm["X_umap"]
 
 
-def draw(
-    path: Path,
-    resolved: Resolved,
-    vectors: Mapping[str, torch.Tensor],
-    features: Mapping[str, torch.Tensor],
-) -> None:
+def draw(path: Path, resolved: Resolved, vectors: Vectors, features: Vectors) -> None:
     """One PNG: the genes of the screen among all of the tables, and their pairwise cosines.
 
     Raises
@@ -113,7 +108,7 @@ def draw_map(axes: Axes, places: Any, sizes: Mapping[str, int], genes: Sequence[
         handle.set_sizes([60])
 
 
-def draw_cosines(axes: Axes, vectors: Mapping[str, torch.Tensor]) -> None:
+def draw_cosines(axes: Axes, vectors: Vectors) -> None:
     """Histogram of the cosines of pairs of genes (of at most 2,000, evenly chosen)."""
     import torch
     from matplotlib.ticker import MaxNLocator

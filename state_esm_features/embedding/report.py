@@ -6,19 +6,13 @@ Nothing is decided here.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from state_esm_features.console import count
 from state_esm_features.embedding.missing import missing_by_kind
 from state_esm_features.embedding.resolve import how_resolved
-from state_esm_features.embedding.vectors import Resolved, nearest
+from state_esm_features.embedding.vectors import Resolved, Vectors, nearest
 from state_esm_features.files import write_whole
-
-if TYPE_CHECKING:
-    import torch
-
 
 REPORT_COLUMNS = (
     *("label", "how", "genes", "source", "via", "proteins", "residues", "nearest", "cosine"),
@@ -26,9 +20,7 @@ REPORT_COLUMNS = (
 )
 
 
-def write_report(
-    path: Path, resolved: Resolved, vectors: Mapping[str, torch.Tensor] | None = None
-) -> None:
+def write_report(path: Path, resolved: Resolved, vectors: Vectors | None = None) -> None:
     """One line a label, tab-separated: how it was resolved, to what, from where.
 
     Proteins and residues (of each) are known of sequences; the nearest other label and its cosine
@@ -61,11 +53,7 @@ WELL_KNOWN = ("TP53", "MYC", "STAT1", "KRAS", "CDK1", "GATA1", "HSPA5", "RPL3")
 """Genes whose neighbours a biologist can judge: the summary names those of the first three."""
 
 
-def summary(
-    resolved: Resolved,
-    features: Mapping[str, torch.Tensor] | None = None,
-    ablation: Mapping[str, Any] | None = None,
-) -> str:
+def summary(resolved: Resolved, features: Vectors | None = None) -> str:
     """The closing table: labels by how they were resolved, missing ones by reason, sources, and,
     once there are features, the nearest neighbours of a few well-known genes.
     """
@@ -80,8 +68,8 @@ def summary(
     ]
     if any(r.reason for r in resolutions):
         rows.insert(1, ("missing", missing_by_kind(resolutions)))
-    if ablation:
-        how = f"{ablation['kind']}, seed {ablation['seed']}"
+    if resolved.ablation:
+        how = f"{resolved.ablation['kind']}, seed {resolved.ablation['seed']}"
         rows.append(("ablation", f"{how}: no gene has its own vector"))
     elif features is not None:
         vectors = resolved.own(features)

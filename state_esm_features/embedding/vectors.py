@@ -23,6 +23,9 @@ from state_esm_features.option_groups import ESM2_WIDTHS, FeatureOptions
 if TYPE_CHECKING:
     import torch
 
+Vectors = Mapping[str, "torch.Tensor"]
+"""{label or gene: float32 (width,)}."""
+
 
 @dataclass(frozen=True)
 class Resolved:
@@ -32,6 +35,8 @@ class Resolved:
     ----------
     left_out
         Labels that no cell has and no source: they get no vector.
+    ablation
+        As in the manifest; None for real vectors.
     checkpoint
         The model that computes those of the sequences; None if there is nothing to compute, or if
         a dry run would have to download it.
@@ -42,6 +47,7 @@ class Resolved:
     resolver: Resolver
     resolutions: list[Resolution]
     left_out: list[Resolution]
+    ablation: Mapping[str, Any] | None = None
     checkpoint: Checkpoint | None = None
 
     @cached_property
@@ -87,16 +93,14 @@ class Resolved:
                 vectors |= embed_genes(genes, source, self.checkpoint, self.labels.for_run)
         return vectors
 
-    def features(
-        self, ablation: Mapping[str, Any] | None = None
-    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    def features(self) -> tuple[Vectors, Vectors]:
         """({label: vector}, {gene: vector}), read, computed, ablated, combined."""
         vectors = self.vectors()
-        if ablation:
-            vectors = ablate(vectors, ablation["kind"], ablation["seed"])
+        if self.ablation:
+            vectors = ablate(vectors, self.ablation["kind"], self.ablation["seed"])
         return self.combined(vectors, len(next(iter(vectors.values())))), vectors
 
-    def combined(self, vectors: Mapping[str, torch.Tensor], width: int) -> dict[str, torch.Tensor]:
+    def combined(self, vectors: Vectors, width: int) -> dict[str, torch.Tensor]:
         """One vector a label, made of the genes' (width,), in the order of the labels.
 
         A combination is the sum (as in scLAMBDA) or mean of its genes' vectors; the control is zero
@@ -120,7 +124,7 @@ class Resolved:
             features[resolution.label] = vector
         return features
 
-    def own(self, features: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def own(self, features: Vectors) -> dict[str, torch.Tensor]:
         """{label: vector} of those that have one of their own: not the control, not filled in."""
         return {
             r.label: features[r.label]
@@ -129,7 +133,7 @@ class Resolved:
         }
 
 
-def check_vectors(vectors: Mapping[str, torch.Tensor], path: Path) -> None:
+def check_vectors(vectors: Vectors, path: Path) -> None:
     """Refuse NaN, infinity, and vectors of zeros, which State would take for the control."""
     import torch
 
@@ -146,7 +150,7 @@ def check_vectors(vectors: Mapping[str, torch.Tensor], path: Path) -> None:
             )
 
 
-def shuffle_vectors(vectors: Mapping[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
+def shuffle_vectors(vectors: Vectors, seed: int) -> dict[str, torch.Tensor]:
     """Give every gene the vector of another gene: the negative control of the features.
 
     Genes are put in random order, those of identical vectors side by side, and the vectors
@@ -177,7 +181,7 @@ def shuffle_vectors(vectors: Mapping[str, torch.Tensor], seed: int) -> dict[str,
     }
 
 
-def random_vectors(vectors: Mapping[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
+def random_vectors(vectors: Vectors, seed: int) -> dict[str, torch.Tensor]:
     """Gaussian vectors that have the mean and spread of the real ones in every dimension."""
     import numpy as np
     import torch
@@ -189,7 +193,7 @@ def random_vectors(vectors: Mapping[str, torch.Tensor], seed: int) -> dict[str, 
     return dict(zip(genes, torch.from_numpy(drawn).float().unbind(), strict=True))
 
 
-def ablate(vectors: Mapping[str, torch.Tensor], kind: str, seed: int) -> dict[str, torch.Tensor]:
+def ablate(vectors: Vectors, kind: str, seed: int) -> dict[str, torch.Tensor]:
     """What --ablation puts in the place of the vectors: {gene: float32 (width,)}.
 
     Of onehot the width is the number of genes: what State takes where it has no features.
@@ -201,7 +205,7 @@ def ablate(vectors: Mapping[str, torch.Tensor], kind: str, seed: int) -> dict[st
     return (shuffle_vectors if kind == "shuffle" else random_vectors)(vectors, seed)
 
 
-def identical(vectors: Mapping[str, torch.Tensor]) -> list[list[str]]:
+def identical(vectors: Vectors) -> list[list[str]]:
     """Groups of labels with the same vector, which State cannot tell apart."""
     groups: dict[bytes, list[str]] = {}
     for label, vector in vectors.items():
@@ -209,9 +213,7 @@ def identical(vectors: Mapping[str, torch.Tensor]) -> list[list[str]]:
     return [group for group in groups.values() if len(group) > 1]
 
 
-def note_identical(
-    vectors: Mapping[str, torch.Tensor], notes: Notes, new: Collection[str] | None = None
-) -> None:
+def note_identical(vectors: Vectors, notes: Notes, new: Collection[str] | None = None) -> None:
     """Note which labels State cannot tell apart; of groups with a `new` one only, if given."""
     same = [g for g in identical(vectors) if new is None or not set(g).isdisjoint(new)]
     if same:
@@ -219,9 +221,7 @@ def note_identical(
         notes.warn(f"State cannot tell labels with the same vector apart: {listed}")
 
 
-def nearest(
-    vectors: Mapping[str, torch.Tensor], wanted: Sequence[str], k: int
-) -> dict[str, list[tuple[str, float]]]:
+def nearest(vectors: Vectors, wanted: Sequence[str], k: int) -> dict[str, list[tuple[str, float]]]:
     """{label: the k labels of the highest cosine to it, with that cosine, highest first}."""
     import torch
 

@@ -181,7 +181,7 @@ def add_to_run(
             notes.line(f"the map of before is kept as {keep(run.map_path)}")
             if new and resolved:
                 before = run.manifest()
-                described = build_manifest(resolved, features, command, None, "")
+                described = build_manifest(resolved, features, command, "")
                 keep(run.features)
                 keep(manifest_path(run.features))
                 extended = partial(extended_manifest, before, described, list(new), features)

@@ -134,7 +134,7 @@ def make_features(
     note_identical(resolved.own(features), found)
     found.line(summary(resolved, features))
     path = place / OWN_FEATURES
-    manifest = partial(build_manifest, resolved, features, command, None)
+    manifest = partial(build_manifest, resolved, features, command)
     write_features(path, features, manifest, found)
     checked = Findings()  # its warnings were said in other words
     about = check_features(path, read_manifest(path), data, checked)
