@@ -114,8 +114,7 @@ def start_log(quiet: bool) -> None:
 def on_signals(stop: Callable[[int, object], None], signals: Sequence[int]) -> Iterator[None]:
     """Call `stop` on these signals while the block runs (in the main thread, where they arrive)."""
     if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+        signals = ()
     before = {number: signal.signal(number, stop) for number in signals}
     try:
         yield

@@ -103,15 +103,18 @@ def read_table(table: Any, known: Mapping[str, Field[Any]]) -> dict[str, Any]:
                 f"has no option {written!r}{did_you_mean(name, names)}; options: "
                 f"{some(sorted(names), 30)}"
             )
-        found[names[name].name] = _value(names[name], value)
+        try:
+            found[names[name].name] = _value(names[name], value)
+        except argparse.ArgumentTypeError as error:
+            raise InputError(f"argument --{name}: {error}") from error
     return found
 
 
 def _value(f: Field[Any], value: Any) -> Any:
-    action, name = f.metadata.get("action"), names_of(f)[0]
+    action = f.metadata.get("action")
     if action == "store_true":
         if not isinstance(value, bool):
-            raise InputError(f"argument {name}: expected true or false, got {value!r}")
+            raise argparse.ArgumentTypeError(f"expected true or false, got {value!r}")
         return value
     if action == "append":
         if isinstance(value, Mapping):
@@ -121,20 +124,19 @@ def _value(f: Field[Any], value: Any) -> Any:
 
 
 def _single(f: Field[Any], value: Any) -> Any:
-    name, convert = names_of(f)[0], f.metadata.get("type", str)
+    convert = f.metadata.get("type", str)
     if isinstance(value, (bool, list, Mapping)):
-        raise InputError(f"argument {name}: expected one value, got {value!r}")
+        raise argparse.ArgumentTypeError(f"expected one value, got {value!r}")
     try:
         converted = convert(str(value))
-    except argparse.ArgumentTypeError as error:
-        raise InputError(f"argument {name}: {error}") from error
     except (TypeError, ValueError) as error:
-        message = f"argument {name}: invalid {convert.__name__} value: {str(value)!r}"
-        raise InputError(message) from error
+        message = f"invalid {convert.__name__} value: {str(value)!r}"
+        raise argparse.ArgumentTypeError(message) from error
     choices = f.metadata.get("choices", (converted,))
     if converted not in choices:
         listed = ", ".join(map(repr, choices))
-        raise InputError(f"argument {name}: invalid choice: {converted!r} (choose from {listed})")
+        message = f"invalid choice: {converted!r} (choose from {listed})"
+        raise argparse.ArgumentTypeError(message)
     return converted
 
 

@@ -6,7 +6,7 @@ How they are computed is not known here.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,16 +37,16 @@ class Cache:
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
 
-    def read(self, keys: Iterable[str]) -> dict[str, torch.Tensor]:
-        """{key: vector, float32 (width,)} of those keys that are kept."""
+    def read(self, keys: Mapping[str, str]) -> dict[str, torch.Tensor]:
+        """{sequence: vector, float32 (width,)} of {sequence: key}, of those that are kept."""
         import torch
 
         vectors, damaged = {}, 0
-        for key in keys:
+        for sequence, key in keys.items():
             if self.folder is None:
                 break
             try:
-                content = self._file(self.folder, key).read_bytes()
+                content = (self.folder / key[:2] / key).read_bytes()
             except FileNotFoundError:
                 continue
             except OSError as error:
@@ -54,7 +54,7 @@ class Cache:
                 break
             checksum, values = content[:CHECKSUM_BYTES], content[CHECKSUM_BYTES:]
             if hashlib.sha256(values).digest() == checksum:
-                vectors[key] = torch.frombuffer(bytearray(values), dtype=torch.float32)
+                vectors[sequence] = torch.frombuffer(bytearray(values), dtype=torch.float32)
             else:
                 damaged += 1
         if damaged:
@@ -68,13 +68,9 @@ class Cache:
         values = vector.numpy().tobytes()
         content = hashlib.sha256(values).digest() + values
         try:
-            write_whole(self._file(self.folder, key), lambda f: f.write(content))
+            write_whole(self.folder / key[:2] / key, lambda f: f.write(content))
         except InputError as error:
             self._give_up(error.__cause__)
-
-    @staticmethod
-    def _file(folder: Path, key: str) -> Path:
-        return folder / key[:2] / key
 
     def _give_up(self, error: BaseException | None) -> None:
         warn(f"cache {self.folder} cannot be used ({error}): going on without it")

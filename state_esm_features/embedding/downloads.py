@@ -96,15 +96,13 @@ def weights_path(model: str, dry_run: bool) -> Path | None:
             )
         return existing_file(model, "ESM2 checkpoint")
     path = Path(torch.hub.get_dir()) / "checkpoints" / f"{model}.pt"
-    if path.is_file():
-        return path
-    if not dry_run:
+    if not path.is_file() and dry_run:
+        what = f"would download {model}.pt into {path.parent}; --esm-model FILE avoids it"
+        announce(what, quiet_too=True)
+        return None
+    if not path.is_file():
         _download_weights(ESM2_URL.format(model), path)
-        return path
-    announce(
-        f"would download {model}.pt into {path.parent}; --esm-model FILE avoids it", quiet_too=True
-    )
-    return None
+    return path
 
 
 def _download_weights(url: str, path: Path) -> None:

@@ -180,9 +180,7 @@ def embed_genes(
     if long and options.long == "truncate":
         warn(f"{count(long, 'protein')} cut after {WINDOW:,} residues by --long truncate")
     cache = open_cache(options)
-    keys = {s: recipe.key(s) for s in sequences}
-    kept = cache.read(keys.values())
-    vectors = {s: kept[key] for s, key in keys.items() if key in kept}
+    vectors = cache.read({s: recipe.key(s) for s in sequences})
     missing = [s for s in sequences if s not in vectors]
     device = choose_device(options.device)
     announce(
