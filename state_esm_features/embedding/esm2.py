@@ -89,17 +89,12 @@ def open_checkpoint(model: str, path: Path) -> Checkpoint:
 
     try:
         config, weights = read_checkpoint(path)
-        checkpoint = Checkpoint(
-            *(model, path, sha256_of(path), int(config.encoder_layers)),
-            *(int(config.encoder_embed_dim), int(config.encoder_attention_heads)),
-            bool(config.token_dropout),
-        )
-        if checkpoint.layers < 1 or checkpoint.heads < 1 or checkpoint.width % checkpoint.heads:
-            raise ValueError(
-                f"{checkpoint.layers} layers, width {checkpoint.width}, {checkpoint.heads} heads"
-            )
+        layers, width = int(config.encoder_layers), int(config.encoder_embed_dim)
+        heads, token_dropout = int(config.encoder_attention_heads), bool(config.token_dropout)
+        if layers < 1 or heads < 1 or width % heads:
+            raise ValueError(f"{layers} layers, width {width}, {heads} heads")
         with torch.device("meta"):  # fair-esm's own model says which weights of which shape
-            reference = fair_esm().ESM2(checkpoint.layers, checkpoint.width, checkpoint.heads)
+            reference = fair_esm().ESM2(layers, width, heads)
         for name, weight in reference.state_dict().items():
             if not name.startswith("contact_head.") and weights[name].shape != weight.shape:
                 raise ValueError(f"{name} has shape {tuple(weights[name].shape)}")
@@ -108,7 +103,7 @@ def open_checkpoint(model: str, path: Path) -> Checkpoint:
             f"{path} is no ESM2 checkpoint in fair-esm's format ({first_line(error)}); the "
             "published files are esm2_*.pt"
         ) from error
-    return checkpoint
+    return Checkpoint(model, path, sha256_of(path), layers, width, heads, token_dropout)
 
 
 FAIR_ESM_NAMES = (
