@@ -65,13 +65,8 @@ except ModuleNotFoundError:
         "keep it beside the script, or pip install the repository"
     )
 from state_esm_features.console import InputError, Notes, count, exit_code, some, start_log
+from state_esm_features.embedding import features_file
 from state_esm_features.embedding.features import resolve_labels
-from state_esm_features.embedding.features_file import (
-    build_manifest,
-    manifest_path,
-    set_aside,
-    write_features,
-)
 from state_esm_features.embedding.labels import collect_labels
 from state_esm_features.embedding.plot import draw
 from state_esm_features.embedding.report import summary, write_report
@@ -133,7 +128,8 @@ def check_outputs(output: OutputOptions, inputs: Iterable[Path]) -> None:
             raise InputError(f"{option} {path} is {taken[place]}; give another name")
         if path.is_file() and path.stat().st_size and not begins_with(path, start):
             raise InputError(f"{option} {path} is there and of another kind; give another name")
-        taken |= {place: f"also the {option}", manifest_path(place): f"the manifest of {option}"}
+        taken[place] = f"also the {option}"
+        taken[features_file.manifest_path(place)] = f"the manifest of {option}"
         folder = next(p for p in place.parents if p.exists())
         try:
             with tempfile.TemporaryFile(dir=folder):
@@ -171,11 +167,11 @@ def write_file(
     notes.line(summary(resolved, features))
     assert output.output is not None  # the parser has asked for it
     if output.dry_run:
-        set_aside(output.output, notes, act=False)
+        features_file.set_aside(output.output, notes, act=False)
         notes.line(f"dry run: {output.output} not written")
         return 0
-    manifest = partial(build_manifest, resolved, features, command)
-    write_features(output.output, features, manifest, notes)
+    manifest = partial(features_file.build_manifest, resolved, features, command)
+    features_file.write_features(output.output, features, manifest, notes)
     notes.say()
     print(output.output)
     return 0

@@ -11,15 +11,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from state_esm_features.console import InputError, Notes, short, some
+from state_esm_features.embedding import features_file
 from state_esm_features.embedding.embed import choose_recipe
 from state_esm_features.embedding.fasta import Recipe
 from state_esm_features.embedding.features import resolve_labels
-from state_esm_features.embedding.features_file import (
-    build_manifest,
-    manifest_path,
-    trained_sha256,
-    write_features,
-)
 from state_esm_features.embedding.labels import Labels
 from state_esm_features.embedding.report import summary
 from state_esm_features.embedding.tables import Table
@@ -181,11 +176,11 @@ def add_to_run(
             notes.line(f"the map of before is kept as {keep(run.map_path)}")
             if new and resolved:
                 before = run.manifest()
-                described = build_manifest(resolved, features, command, "")
+                described = features_file.build_manifest(resolved, features, command, "")
                 keep(run.features)
-                keep(manifest_path(run.features))
+                keep(features_file.manifest_path(run.features))
                 extended = partial(extended_manifest, before, described, list(new), features)
-                write_features(run.features, features, extended, notes)
+                features_file.write_features(run.features, features, extended, notes)
     return list(missing)
 
 
@@ -217,7 +212,7 @@ def extended_manifest(
     return {
         **before,
         "features_sha256": features_sha256,
-        "trained_features_sha256": trained_sha256(before),
+        "trained_features_sha256": features_file.trained_sha256(before),
         "sources": sources,
         "labels": labels,
         "missing": missing,
