@@ -241,13 +241,11 @@ def storage_problems(
         forms = {n.stored: some(m.node for m in nodes if m.stored == n.stored) for n in nodes}
         what = "; ".join(f"{names} (stored as {stored})" for stored, names in forms.items())
         lines = rewriting(*(n.line for n in nodes))
-        problem = (
-            f"{some(files)}: cell-load cannot read {what}. Write {them(len(files))} again with "
-        )
-        problem += f"a current anndata, after {lines}" if lines else "a current anndata"
+        advice = f"Write {them(len(files))} again with a current anndata"
+        advice += f", after {lines}" if lines else ""
         if fast and all(n.mended for n in nodes):
-            problem += ", or train with --fast-loading, whose copies it can read"
-        problems.append(problem)
+            advice += ", or train with --fast-loading, whose copies it can read"
+        problems.append(f"{some(files)}: cell-load cannot read {what}. {advice}")
     return problems
 
 

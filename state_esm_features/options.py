@@ -105,18 +105,17 @@ def read_table(table: Any, known: Mapping[str, Field[Any]]) -> dict[str, Any]:
             )
         try:
             found[names[name].name] = _value(names[name], value)
-        except argparse.ArgumentTypeError as error:
+        except (InputError, argparse.ArgumentTypeError) as error:
             raise InputError(f"argument --{name}: {error}") from error
     return found
 
 
 def _value(f: Field[Any], value: Any) -> Any:
-    action = f.metadata.get("action")
-    if action == "store_true":
+    if f.metadata.get("action") == "store_true":
         if not isinstance(value, bool):
-            raise argparse.ArgumentTypeError(f"expected true or false, got {value!r}")
+            raise InputError(f"expected true or false, got {value!r}")
         return value
-    if action == "append":
+    if f.metadata.get("action") == "append":
         if isinstance(value, Mapping):
             value = [f"{old}={new}" for old, new in value.items()]
         return tuple(_single(f, item) for item in (value if isinstance(value, list) else [value]))
@@ -126,17 +125,15 @@ def _value(f: Field[Any], value: Any) -> Any:
 def _single(f: Field[Any], value: Any) -> Any:
     convert = f.metadata.get("type", str)
     if isinstance(value, (bool, list, Mapping)):
-        raise argparse.ArgumentTypeError(f"expected one value, got {value!r}")
+        raise InputError(f"expected one value, got {value!r}")
     try:
         converted = convert(str(value))
     except (TypeError, ValueError) as error:
-        message = f"invalid {convert.__name__} value: {str(value)!r}"
-        raise argparse.ArgumentTypeError(message) from error
+        raise InputError(f"invalid {convert.__name__} value: {str(value)!r}") from error
     choices = f.metadata.get("choices", (converted,))
     if converted not in choices:
         listed = ", ".join(map(repr, choices))
-        message = f"invalid choice: {converted!r} (choose from {listed})"
-        raise argparse.ArgumentTypeError(message)
+        raise InputError(f"invalid choice: {converted!r} (choose from {listed})")
     return converted
 
 
