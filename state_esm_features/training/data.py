@@ -6,27 +6,17 @@ What is wrong with them stands in `preflight` and `splits`.
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from state_esm_features import h5ad
 from state_esm_features.console import Findings, InputError, count
 from state_esm_features.embedding.labels import require_control
 from state_esm_features.experiment import SPLITS, leave_out
-from state_esm_features.h5ad import (
-    LacksColumn,
-    Unreadable,
-    find_column,
-    find_unreadable,
-    gene_names,
-    gene_names_node,
-    matrix_shape,
-    open_column,
-    open_h5ad,
-    open_labels,
-    unused_categories,
-)
 from state_esm_features.option_groups import BATCH_COLUMNS, DEFAULT_CONTROL, PERT_COLUMNS
 from state_esm_features.training.expression import check_names_of_output, input_width
 from state_esm_features.training.stock import matrices_read
@@ -95,8 +85,17 @@ class DataFile:
     grouped: bool
     matrices: Mapping[str, int]
     batches: frozenset[str]
-    unreadable: Sequence[Unreadable] = ()
+    unreadable: Sequence[h5ad.Unreadable] = ()
     unused: Collection[str] = ()
+
+    @cached_property
+    def by_type(self) -> dict[str, dict[str, int]]:
+        """{cell type: {label: cells}}, without what has no cell."""
+        return {
+            cell_type: {x: n for x, n in zip(self.labels, row.tolist(), strict=True) if n}
+            for cell_type, row in zip(self.cell_types, self.cells, strict=True)
+            if row.any()
+        }
 
 
 def find_columns(
@@ -125,12 +124,12 @@ def find_columns(
         ("batch_col", "--batch-col", BATCH_COLUMNS),
     ):
         try:
-            names[key] = find_column(files, asked.get(f"data.kwargs.{key}"), candidates, flag)
+            names[key] = h5ad.find_column(files, asked.get(f"data.kwargs.{key}"), candidates, flag)
         except InputError as error:
             advice = batch_advice if key == "batch_col" else ""
             if advice and "cell_type_key" in names:
                 advice += f", e.g. --batch-col {names['cell_type_key']}"
-            if isinstance(error, LacksColumn) and error.files != odd:  # said of each file once
+            if isinstance(error, h5ad.LacksColumn) and error.files != odd:  # said of each file once
                 odd = error.files
                 advice += leave_out(odd, by_dataset)
             found.problems.append(f"{error}{advice}")
@@ -147,15 +146,15 @@ def inspect_file(
     """Read the metadata of a data file and note what cell-load would trip over."""
     import numpy as np
 
-    with found.collect(), open_h5ad(path) as file:
-        labels, codes = open_labels(file, columns.pert)
+    with found.collect(), h5ad.open_h5ad(path) as file:
+        labels, codes = h5ad.open_labels(file, columns.pert)
         label_codes = codes[:].astype(np.int64)
-        cell_types, codes = open_labels(file, columns.cell_type)
+        cell_types, codes = h5ad.open_labels(file, columns.cell_type)
         type_codes = codes[:].astype(np.int64)
         with found.collect():
             require_control(columns.control, labels, path, columns.pert)
         check_codes(path, columns, labels, label_codes, type_codes, found)
-        batches = open_column(file, columns.batch)[0] if columns.batch else ()
+        batches = h5ad.open_column(file, columns.batch)[0] if columns.batch else ()
         width = input_width(file, kwargs, found)
         check_names_of_output(file, kwargs, width, found)
         known = (label_codes >= 0) & (type_codes >= 0)
@@ -167,14 +166,14 @@ def inspect_file(
             labels=labels,
             cell_types=cell_types,
             cells=cells.reshape(len(cell_types), len(labels)),
-            genes=gene_names(file),
+            genes=h5ad.gene_names(file),
             width=width,
             log1p="uns" in file and "log1p" in file["uns"],
             grouped=int((np.diff(groups) != 0).sum()) < len(np.unique(groups)),
             matrices=matrices_of(file),
             batches=frozenset(map(str, batches)),
-            unreadable=find_unreadable(file, nodes_read(file, columns, kwargs)),
-            unused=unused_categories(labels, [label_codes]),
+            unreadable=h5ad.find_unreadable(file, nodes_read(file, columns, kwargs)),
+            unused=h5ad.unused_categories(labels, [label_codes]),
         )
     return None
 
@@ -211,7 +210,7 @@ def nodes_read(file: h5py.File, columns: Columns, kwargs: Mapping[str, Any]) -> 
     kwargs
         Of the data module.
     """
-    names = gene_names_node(file)
+    names = h5ad.gene_names_node(file)
     nodes = {
         f"obs/{columns.pert}": "labels",
         f"obs/{columns.cell_type}": "labels",
@@ -233,67 +232,43 @@ def matrices_of(file: h5py.File) -> dict[str, int]:
     columns = {}
     for name in ("X", *(f"obsm/{key}" for key in getattr(obsm, "keys", tuple)())):
         with contextlib.suppress(InputError, KeyError):
-            columns[name] = matrix_shape(file[name])[1]
+            columns[name] = h5ad.matrix_shape(file[name])[1]
     return columns
 
 
-def split_cells(
+def cell_types_read(
     experiment: ExperimentConfig, files: Sequence[DataFile], control: str
-) -> dict[str, dict[str, int]]:
-    """{split: {label: perturbed cells}} by cell-load's rule.
+) -> Iterator[tuple[DataFile, str, dict[str, dict[str, int]]]]:
+    """(file, cell type, {split: {label: perturbed cells}}) of what cell-load reads, by its rule.
 
     A cell type under [zeroshot] goes whole to its split; one under [fewshot] gives the labels
     named there to val and test and the rest to train; others train if their dataset does.
     """
-    splits: dict[str, dict[str, int]] = {s: {} for s in SPLITS}
     for f in files:
         zeroshot = experiment.get_zeroshot_celltypes(f.dataset)
         fewshot = experiment.get_fewshot_celltypes(f.dataset)
-        trains = experiment.training.get(f.dataset) == "train"
-        for cell_type, row in zip(f.cell_types, f.cells, strict=True):
+        for cell_type, cells in f.by_type.items():
+            if not is_read(experiment, f.dataset, cell_type):
+                continue
+            splits: dict[str, dict[str, int]] = {s: {} for s in SPLITS}
             held = fewshot.get(cell_type, {})
-            for label, n in zip(f.labels, map(int, row), strict=True):
-                if n == 0 or label == control:
-                    continue
-                if cell_type in zeroshot:
-                    into = [zeroshot[cell_type]]
-                elif cell_type in fewshot:
-                    into = [s for s in ("val", "test") if label in held.get(s, ())] or ["train"]
-                else:
-                    into = ["train"] if trains else []
-                for split in into:
-                    splits[split][label] = splits[split].get(label, 0) + n
-    return splits
+            for label, n in cells.items():
+                into = [s for s in ("val", "test") if label in held.get(s, ())] or ["train"]
+                for split in [zeroshot[cell_type]] if cell_type in zeroshot else into:
+                    if label != control:
+                        splits[split][label] = n
+            yield f, cell_type, splits
 
 
-def labels_with_cells(files: Sequence[DataFile], dataset: str, cell_type: str) -> set[str]:
-    """Labels of which a cell type of a dataset has cells."""
-    return {
-        label
-        for f in files
-        if f.dataset == dataset and cell_type in f.cell_types
-        for label, n in zip(f.labels, f.cells[f.cell_types.index(cell_type)], strict=True)
-        if n
-    }
-
-
-def parts_of_cell_types(
+def split_cells(
     experiment: ExperimentConfig, files: Sequence[DataFile], control: str
-) -> Iterator[tuple[DataFile, str, dict[str, dict[str, int]]]]:
-    """(file, cell type, its split_cells) of every cell type that cell-load reads."""
-    for f, i in cell_types_read(experiment, files):
-        only = replace(f, cell_types=[f.cell_types[i]], cells=f.cells[i : i + 1])
-        yield f, f.cell_types[i], split_cells(experiment, [only], control)
-
-
-def cell_types_read(
-    experiment: ExperimentConfig, files: Sequence[DataFile]
-) -> Iterator[tuple[DataFile, int]]:
-    """(file, number of the cell type) of every cell type that cell-load reads."""
-    for f in files:
-        for i, cell_type in enumerate(f.cell_types):
-            if f.cells[i].any() and is_read(experiment, f.dataset, cell_type):
-                yield f, i
+) -> dict[str, Counter[str]]:
+    """{split: {label: perturbed cells}} of all files."""
+    totals = {s: Counter[str]() for s in SPLITS}
+    for _, _, splits in cell_types_read(experiment, files, control):
+        for split, cells in splits.items():
+            totals[split].update(cells)
+    return totals
 
 
 def is_read(experiment: ExperimentConfig, dataset: str, cell_type: str) -> bool:
@@ -305,9 +280,13 @@ def is_read(experiment: ExperimentConfig, dataset: str, cell_type: str) -> bool:
 
 @dataclass(frozen=True)
 class Data:
-    """The data of a run, as far as the preflight reads it."""
+    """The data of a run, as far as the preflight reads it; `splits` as of `split_cells`."""
 
     experiment: ExperimentConfig
     columns: Columns
-    files: list[DataFile]
-    splits: dict[str, dict[str, int]]
+    files: Sequence[DataFile]
+    splits: Mapping[str, Mapping[str, int]]
+
+    def cell_types_read(self) -> Iterator[tuple[DataFile, str, dict[str, dict[str, int]]]]:
+        """See the function of this name."""
+        return cell_types_read(self.experiment, self.files, self.columns.control)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from state_esm_features.console import Findings, InputError, count, some
 from state_esm_features.files import as_json, data_file_origin, existing_parent
 from state_esm_features.h5ad import is_sparse, matrix_shape, open_h5ad
-from state_esm_features.training.data import Data, DataFile, cell_types_read
+from state_esm_features.training.data import Data, DataFile
 from state_esm_features.training.fast_copies import FastCopy, FastLoading
 from state_esm_features.training.stock import matrices_read, set_length
 
@@ -37,11 +37,10 @@ def check_consecutive(data: Data, stock: Mapping[str, Any], found: Findings) -> 
         )
     length = set_length(stock) or 1  # without one it is refused anyway
     short = []
-    for f, i in cell_types_read(data.experiment, data.files):
-        control = data.columns.control
-        controls = f.cells[i, f.labels.index(control)] if control in f.labels else 0
+    for f, cell_type, _ in data.cell_types_read():
+        controls = f.by_type[cell_type].get(data.columns.control, 0)
         if 0 < controls < length:  # none at all is a problem already
-            short.append(f"{f.cell_types[i]} {controls:,}")
+            short.append(f"{cell_type} {controls:,}")
     if short:
         found.problems.append(
             f"--fast-loading sorted draws {count(length, 'control cell')} in a row, and there are "

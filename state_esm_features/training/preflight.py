@@ -72,12 +72,7 @@ def check_controls(files: Sequence[DataFile], control: str, found: Findings) -> 
     for f in files:
         if control not in f.labels:
             continue  # already a problem
-        controls = f.cells[:, f.labels.index(control)]
-        bare = [
-            t
-            for t, n, all_cells in zip(f.cell_types, controls, f.cells.sum(1), strict=True)
-            if n == 0 and all_cells > 0
-        ]
+        bare = [t for t, cells in f.by_type.items() if control not in cells]
         if bare:
             found.problems.append(
                 f"{f.path}: no control cell ({control!r}) in {some(bare)}; cell-load draws the "
@@ -173,12 +168,11 @@ def files_of(
 
 def check_files(data: Data, stock: Mapping[str, Any], found: Findings) -> None:
     """What is wrong with the files together, `stock` being the arguments of the data module."""
-    experiment, files, control = data.experiment, data.files, data.columns.control
-    check_genes(files, found)
-    check_controls(files, control, found)
-    check_splits(experiment, files, data.splits, control, found)
+    check_genes(data.files, found)
+    check_controls(data.files, data.columns.control, found)
+    check_splits(data, found)
     if not stock["should_yield_control_cells"]:
-        check_subsets(experiment, files, control, found)
+        check_subsets(data, found)
 
 
 def choose_workers(stock: Mapping[str, Any], data: Data) -> int:

@@ -7,29 +7,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from state_esm_features.console import Findings, count, did_you_mean, some, them
 from state_esm_features.embedding.labels import names_of_no_file
-from state_esm_features.training.data import (
-    DataFile,
-    is_read,
-    labels_with_cells,
-    parts_of_cell_types,
-)
-
-if TYPE_CHECKING:
-    from cell_load.config import ExperimentConfig
+from state_esm_features.training.data import Data, is_read
 
 
-def check_splits(
-    experiment: ExperimentConfig,
-    files: Sequence[DataFile],
-    splits: Mapping[str, Mapping[str, int]],
-    control: str,
-    found: Findings,
-) -> None:
+def check_splits(data: Data, found: Findings) -> None:
     """Held-out names that hold nothing out, nothing to train on, nothing to validate on."""
+    experiment, files = data.experiment, data.files
     types = {
         d: sorted({t for f in files if f.dataset == d for t in f.cell_types})
         for d in dict.fromkeys(f.dataset for f in files)
@@ -41,41 +27,31 @@ def check_splits(
                 f"{key!r}: no file of dataset {dataset!r} has the cell type {cell_type!r}"
                 f"{did_you_mean(cell_type, types[dataset])}; cell types: {some(types[dataset])}"
             )
-    held = _names_held_out(experiment, files, types, control, found)
-    found.warnings += held_out_but_trained(experiment, files, splits["train"], held, control)
-    found.warnings += cell_types_unread(experiment, files)
-    if not splits["train"]:
+    held = _names_held_out(data, types, found)
+    found.warnings += held_out_but_trained(data, held)
+    found.warnings += cell_types_unread(data)
+    if not data.splits["train"]:
         advice = 'name a dataset under [training], e.g. NAME = "train"'
         if any(f.dataset in experiment.training and f.labels for f in files):
             advice = "[zeroshot] and [fewshot] hold out all there are of [training]'s datasets"
         found.problems.append(f"no perturbed cell to train on: {advice}")
-    elif not splits["val"]:
-        found.warnings.append(_no_validation_message(experiment, files, splits, control))
+    elif not data.splits["val"]:
+        found.warnings.append(_no_validation_message(data))
 
 
-def held_out_but_trained(
-    experiment: ExperimentConfig,
-    files: Sequence[DataFile],
-    train: Mapping[str, int],
-    held: Collection[str],
-    control: str,
-) -> list[str]:
+def held_out_but_trained(data: Data, held: Collection[str]) -> list[str]:
     """What to say of labels that [fewshot] holds out and training sees all the same.
 
-    Parameters
-    ----------
-    train
-        {label: cells} of the training.
-    held
-        Labels that [fewshot] holds out.
+    `held` are those that it holds out.
     """
+    train = data.splits["train"]
     texts = []
     trained = sorted({*held} & train.keys())
     if trained:
         where = [
             f"{f.dataset}.{cell_type}"
-            for f, cell_type, parts in parts_of_cell_types(experiment, files, control)
-            if not parts["train"].keys().isdisjoint(trained)
+            for f, cell_type, splits in data.cell_types_read()
+            if not splits["train"].keys().isdisjoint(trained)
         ]
         texts.append(
             f"[fewshot] holds {some(trained)} out, but training sees "
@@ -91,13 +67,13 @@ def held_out_but_trained(
     return texts
 
 
-def cell_types_unread(experiment: ExperimentConfig, files: Sequence[DataFile]) -> list[str]:
+def cell_types_unread(data: Data) -> list[str]:
     """What to say of cell types that are in no split."""
     cells = {
-        f"{f.dataset}.{cell_type}": int(row.sum())
-        for f in files
-        for cell_type, row in zip(f.cell_types, f.cells, strict=True)
-        if row.any() and not is_read(experiment, f.dataset, cell_type)
+        f"{f.dataset}.{cell_type}": sum(cells.values())
+        for f in data.files
+        for cell_type, cells in f.by_type.items()
+        if not is_read(data.experiment, f.dataset, cell_type)
     }
     if not cells:
         return []
@@ -111,31 +87,26 @@ def cell_types_unread(experiment: ExperimentConfig, files: Sequence[DataFile]) -
     ]
 
 
-def _names_held_out(
-    experiment: ExperimentConfig,
-    files: Sequence[DataFile],
-    types: Mapping[str, Sequence[str]],
-    control: str,
-    found: Findings,
-) -> set[str]:
+def _names_held_out(data: Data, types: Mapping[str, Sequence[str]], found: Findings) -> set[str]:
     """Labels that [fewshot] holds out of a cell type that is there; notes those without effect."""
-    everything = {label for f in files for label in f.labels}
+    control = data.columns.control
+    everything = {label for f in data.files for label in f.labels}
     held, nowhere = set[str](), set[str]()
-    for key, kept in experiment.fewshot.items():
+    for key, kept in data.experiment.fewshot.items():
         named = {*kept.get("val", ()), *kept.get("test", ())}  # a train list holds nothing out
         dataset, _, cell_type = key.partition(".")
         nowhere |= named.difference(everything)
         if cell_type in types.get(dataset, ()):
             held |= named
-            here = labels_with_cells(files, dataset, cell_type) | {control}
-            elsewhere = sorted(named.intersection(everything) - here)
+            of_type = [f.by_type.get(cell_type, {}) for f in data.files if f.dataset == dataset]
+            elsewhere = sorted(named.intersection(everything) - {control}.union(*of_type))
             if elsewhere:
                 found.warnings.append(
                     f'[fewshot."{key}"] names {count(len(elsewhere), "label")} of which this cell '
                     f"type has no cell ({some(elsewhere)}): nothing is held out for "
                     f"{them(len(elsewhere))}"
                 )
-        whole = key in experiment.zeroshot
+        whole = key in data.experiment.zeroshot
         found.warnings += [f'[fewshot."{key}"] {x}' for x in _odd_section(kept, control, whole)]
     if nowhere:
         found.warnings.append(names_of_no_file(sorted(nowhere), everything))
@@ -161,33 +132,26 @@ def _odd_section(kept: Mapping[str, Sequence[str]], control: str, whole: bool) -
     return texts
 
 
-def check_subsets(
-    experiment: ExperimentConfig, files: Sequence[DataFile], control: str, found: Findings
-) -> None:
+def check_subsets(data: Data, found: Findings) -> None:
     """Without should_yield_control_cells, cell-load crashes on a part without perturbed cells."""
-    for f, cell_type, parts in parts_of_cell_types(experiment, files, control):
-        if not parts["train"]:
+    for f, cell_type, splits in data.cell_types_read():
+        if not splits["train"]:
             found.problems.append(
                 f"{f.path}: no perturbed cell of {cell_type!r} is left for training, on which "
                 "cell-load crashes with data.kwargs.should_yield_control_cells=false; leave it true"
             )
 
 
-def _no_validation_message(
-    experiment: ExperimentConfig,
-    files: Sequence[DataFile],
-    splits: Mapping[str, Mapping[str, int]],
-    control: str,
-) -> str:
+def _no_validation_message(data: Data) -> str:
     """Say what follows and what to add: a line that works, with names from the data."""
-    if splits["test"]:
+    if data.splits["test"]:
         what = "cell-load validates on the test cells, so best.ckpt is chosen on them"
     else:
         what = "nothing is validated and no best.ckpt is chosen"
     candidates = [
-        (f"{f.dataset}.{cell_type}", list(parts["train"]))
-        for f, cell_type, parts in parts_of_cell_types(experiment, files, control)
-        if f"{f.dataset}.{cell_type}" not in experiment.zeroshot
+        (f"{f.dataset}.{cell_type}", list(splits["train"]))
+        for f, cell_type, splits in data.cell_types_read()
+        if f"{f.dataset}.{cell_type}" not in data.experiment.zeroshot
     ]
     key, labels = max(candidates, key=lambda c: len(c[1]), default=("", []))
     if len(labels) < 2:
