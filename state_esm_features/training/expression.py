@@ -8,16 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from state_esm_features import h5ad
 from state_esm_features.console import Findings, InputError, count, some
-from state_esm_features.h5ad import (
-    gene_names_node,
-    is_matrix,
-    is_sparse,
-    matrix_shape,
-    read_values,
-    rewriting,
-    stored_as,
-)
 from state_esm_features.training.stock import input_matrix, matrices_read
 
 if TYPE_CHECKING:
@@ -36,21 +28,21 @@ def input_width(file: h5py.File, kwargs: Mapping[str, Any], found: Findings) -> 
     """Columns of obsm[embed_key] or X; notes values of X that are not log1p."""
     where = input_matrix(kwargs)
     node = file.get(where)
-    if node is None or stored_as(node) == "null":
+    if node is None or h5ad.stored_as(node) == "null":
         there = some(sorted(file.get("obsm", ()))) or "none"
         layers = sorted(file.get("layers", ()))
         if layers and where == "X":
             raise InputError(
                 f"{file.filename} has no X, but layers: {some(layers)}. Write it again after "
-                + rewriting(f"adata.X = adata.layers[{layers[0]!r}]")
+                + h5ad.rewriting(f"adata.X = adata.layers[{layers[0]!r}]")
                 + ", log1p-normalised (scanpy.pp.normalize_total, then scanpy.pp.log1p), or choose "
                 f"with --embed-key; obsm: {there}"
             )
         raise InputError(f"{file.filename} has no {where}; obsm: {there}. Choose with --embed-key")
     for name in matrices_read(kwargs):
-        if name in ("X", "obsm/X_hvg") and is_matrix(file.get(name)):
+        if name in ("X", "obsm/X_hvg") and h5ad.is_matrix(file.get(name)):
             check_log1p(file, name, found)
-    return matrix_shape(node)[1]
+    return h5ad.matrix_shape(node)[1]
 
 
 def check_log1p(file: h5py.File, name: str, found: Findings) -> None:
@@ -59,10 +51,10 @@ def check_log1p(file: h5py.File, name: str, found: Findings) -> None:
 
     node = file[name]
     pieces = 10
-    values = node["data"] if is_sparse(node) else node
+    values = node["data"] if h5ad.is_sparse(node) else node
     if not values.shape[0]:
         return
-    each = SAMPLE // pieces if is_sparse(node) else max(1, SAMPLE // pieces // values.shape[1])
+    each = SAMPLE // pieces if h5ad.is_sparse(node) else max(1, SAMPLE // pieces // values.shape[1])
     starts = np.linspace(0, max(0, values.shape[0] - each), pieces).astype(int)
     sample = np.concatenate([values[i : i + each].ravel() for i in dict.fromkeys(starts)])
     if not np.isfinite(sample).all():
@@ -112,12 +104,12 @@ def check_names_of_output(
         where, hvg = "obsm/X_hvg", file.get("obsm/X_hvg")
         if hvg is None:
             return
-        width = matrix_shape(hvg)[1]
+        width = h5ad.matrix_shape(hvg)[1]
     mask, names = file.get("var/highly_variable"), file.get("uns/hvg_names")
     if mask is not None:
-        selected, source = int(read_values(mask).astype(bool).sum()), "var/highly_variable"
-    elif names is not None and gene_names_node(file) == "var/gene_name":
-        selected, source = len(read_values(names)), "uns/hvg_names"
+        selected, source = int(h5ad.read_values(mask).astype(bool).sum()), "var/highly_variable"
+    elif names is not None and h5ad.gene_names_node(file) == "var/gene_name":
+        selected, source = len(h5ad.read_values(names)), "uns/hvg_names"
     else:
         return
     if selected != width:

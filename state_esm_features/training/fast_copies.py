@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from state_esm_features import h5ad
 from state_esm_features.console import (
     STOP_SIGNALS,
     Bar,
@@ -25,16 +26,6 @@ from state_esm_features.console import (
     some,
 )
 from state_esm_features.files import data_file_origin, existing_parent, read_json, write_json
-from state_esm_features.h5ad import (
-    is_matrix,
-    is_sparse,
-    matrix_shape,
-    open_column,
-    open_h5ad,
-    read_values,
-    rewriting,
-    stored_as,
-)
 from state_esm_features.training.data import Columns
 
 if TYPE_CHECKING:
@@ -177,7 +168,7 @@ def write_copy(
     temporary.mkdir()
     try:
         path = temporary / copy.target.name
-        with open_h5ad(copy.source) as source, h5py.File(path, "w") as target:
+        with h5ad.open_h5ad(copy.source) as source, h5py.File(path, "w") as target:
             order = cell_order(source, columns)
             if layout == "dense":
                 order = np.arange(len(order))
@@ -189,12 +180,12 @@ def write_copy(
                 if name in rewritten:
                     with plain_matrix(source[name]) as matrix:
                         copy_matrix(matrix, target, name, place, layout, advance)
-                elif not is_matrix(source.get(name)):
+                elif not h5ad.is_matrix(source.get(name)):
                     continue
                 elif name in copy.made_of["matrices"]:
                     copy_matrix(source[name], target, name, place, layout, advance)
                 else:  # only its shape is read; whoever reads more gets NaN, not zeros
-                    create_matrix(target, name, matrix_shape(source[name]), np.nan)
+                    create_matrix(target, name, h5ad.matrix_shape(source[name]), np.nan)
         if not data_file_origin(copy.source).items() <= copy.made_of.items():
             raise InputError(f"{copy.source} changed while it was read; start again")
         with path.open("rb") as written:
@@ -214,7 +205,7 @@ def copy_names(source: h5py.File, target: h5py.File, rewritten: Collection[str])
         target["uns"].attrs.update({"encoding-type": "dict", "encoding-version": "0.1.0"})
     for name in {n for n in rewritten if n.startswith(("var/", "uns/"))}:
         del target[name]
-        values = read_values(source[name])
+        values = h5ad.read_values(source[name])
         is_mask = name == "var/highly_variable"
         write_values(target, name, values.astype(bool) if is_mask else values)
 
@@ -249,7 +240,7 @@ def cell_order(file: h5py.File, columns: Columns) -> np.ndarray:
     """
     import numpy as np
 
-    types, labels = (open_column(file, c)[1][:] for c in (columns.cell_type, columns.pert))
+    types, labels = (h5ad.open_column(file, c)[1][:] for c in (columns.cell_type, columns.pert))
     return np.lexsort((np.random.default_rng(ORDER_SEED).random(len(labels)), labels, types))
 
 
@@ -267,9 +258,9 @@ def copy_obs(
     for name in [*names, *({"_index"} & set(source["obs"]))]:
         if f"obs/{name}" in rewritten:
             if name == "_index":
-                write_values(obs, name, read_values(source["obs"][name])[order])
+                write_values(obs, name, h5ad.read_values(source["obs"][name])[order])
             else:
-                write_categorical(obs, name, open_column(source, name), order)
+                write_categorical(obs, name, h5ad.open_column(source, name), order)
             continue
         source.copy(f"obs/{name}", obs)
         values = obs[name]["codes"] if isinstance(obs[name], h5py.Group) else obs[name]
@@ -322,7 +313,7 @@ def plain_matrix(node: h5py.Group) -> Iterator[h5py.Group | h5py.Dataset]:
 
     value = read_elem(node)
     try:
-        if stored_as(node) == "dataframe":
+        if h5ad.stored_as(node) == "dataframe":
             plain = value.to_numpy(np.float32)
         else:
             plain = value.tocsr()
@@ -350,8 +341,8 @@ def copy_matrix(
     """
     import numpy as np
 
-    rows, width = matrix_shape(source)
-    csr = is_sparse(source) and layout == "sorted"
+    rows, width = h5ad.matrix_shape(source)
+    csr = h5ad.is_sparse(source) and layout == "sorted"
     if csr:
         lengths = np.empty(rows, np.int64)
         lengths[place] = np.diff(source["indptr"][:])
@@ -361,7 +352,7 @@ def copy_matrix(
         out = create_matrix(target, name, (rows, width))
     for first, block in row_blocks(source, max_rows=rows if csr else max(1, BLOCK // width)):
         places = place[first : first + block.shape[0]]
-        if csr or (is_sparse(source) and name != "X"):
+        if csr or (h5ad.is_sparse(source) and name != "X"):
             require_unique(block, source)
         by_place = np.argsort(places)
         places, block = places[by_place], block[by_place]
@@ -383,8 +374,8 @@ def row_blocks(node: h5py.Group | h5py.Dataset, max_rows: int) -> Iterator[tuple
     import numpy as np
     import scipy.sparse
 
-    rows, width = matrix_shape(node)
-    if not is_sparse(node):
+    rows, width = h5ad.matrix_shape(node)
+    if not h5ad.is_sparse(node):
         step = max(1, min(BLOCK // width, max_rows))
         for first in range(0, rows, step):
             yield first, node[first : first + step].astype(np.float32, copy=False)
@@ -412,5 +403,5 @@ def require_unique(block: Any, source: h5py.Group) -> None:
     if tidy.nnz != block.nnz:
         raise InputError(
             f"{source.file.filename}: a cell has two values of one gene in {source.name}; write "
-            "the file again after " + rewriting("adata.X.sum_duplicates()")
+            "the file again after " + h5ad.rewriting("adata.X.sum_duplicates()")
         )

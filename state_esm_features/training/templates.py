@@ -9,23 +9,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from state_esm_features.console import InputError, Notes, count, one_error, some, them
+from state_esm_features import h5ad
+from state_esm_features.console import Findings, InputError, Notes, count, one_error, some, them
 from state_esm_features.embedding.features_file import read_manifest
 from state_esm_features.embedding.labels import Labels, label_column
 from state_esm_features.embedding.resolve import CONTROL_GUIDES, letters
 from state_esm_features.files import fingerprint
-from state_esm_features.h5ad import (
-    gene_names,
-    is_matrix,
-    is_sparse,
-    matrix_shape,
-    obs_columns,
-    open_column,
-    open_h5ad,
-    open_labels,
-    rewriting,
-    stored_as,
-)
 from state_esm_features.training.trained_run import TrainedRun
 
 if TYPE_CHECKING:
@@ -38,132 +27,128 @@ CELL_TYPE_COLUMNS = ("cell_type", "celltype", "cellType", "ctype", "celltype_col
 """obs columns in which `state tx infer` looks for the cell type after the run's own."""
 
 
-def check_templates(
-    run: TrainedRun, paths: Sequence[Path], pert_col: str | None
-) -> tuple[list[str], list[str]]:
-    """(problems, warnings): what `state tx infer` would do wrong, or otherwise than one may think,
-    on templates, whatever their labels (state/_cli/_tx/_infer.py of State 0.11.1)."""
-    problems: list[str] = []
-    warnings: list[str] = []
+def check_templates(run: TrainedRun, paths: Sequence[Path], pert_col: str | None) -> Findings:
+    """What `state tx infer` would do wrong, or otherwise than one may think, on templates,
+    whatever their labels (state/_cli/_tx/_infer.py of State 0.11.1)."""
+    found = Findings()
     column = label_column(paths, pert_col) if paths else ""
     for path in paths:
-        with open_h5ad(path) as file:
-            labels, unread_codes = open_labels(file, column)
+        with h5ad.open_h5ad(path) as file:
+            labels, unread_codes = h5ad.open_labels(file, column)
             codes = unread_codes[:]
             unlabelled = int((codes < 0).sum())
             if unlabelled:
-                problems.append(
+                found.problems.append(
                     f"{path}: {count(unlabelled, 'cell')} without a label in {column!r}: state tx "
                     "infer would predict them as control. Remove them, or label them"
                 )
-            problem = wrong_input(run, file) if run.embed_key else wrong_genes(run, file)
-            problems += [problem] if problem else []
-            lacking, doubts = unknown_batches(run, file)
-            problems, warnings = problems + lacking, warnings + doubts
+            with found.collect():
+                if run.embed_key:
+                    require_embedding(run, file)
+                else:
+                    require_genes(run, file)
+            check_batches(run, file, found)
             controls = codes == (labels.index(run.control) if run.control in labels else -2)
-            if not controls.any():
-                problems.append(
+            if controls.any():
+                check_controls(run, file, controls, found)
+            else:
+                found.problems.append(
                     f"{path} has no cell of the control {run.control!r} in {column!r}: state tx "
                     "infer predicts from control cells, and would leave all cells as they are. "
                     "Add control cells"
                 )
-                continue
-            warnings += [f"{path}: {text}" for text in shared_controls(run, file, controls)]
-    return problems, warnings
+    return found
 
 
-def wrong_genes(run: TrainedRun, file: h5py.File) -> str | None:
-    """What is wrong with X for a run that was trained on X."""
-    if not is_matrix(file.get("X")):
-        return f"{file.filename} has no X, on which the run was trained. Add it"
+def require_genes(run: TrainedRun, file: h5py.File) -> None:
+    """Refuse X of other genes, for a run that was trained on X."""
+    if not h5ad.is_matrix(file.get("X")):
+        raise InputError(f"{file.filename} has no X, on which the run was trained. Add it")
     if run.genes is None:
-        return None
-    try:
-        genes = fingerprint(gene_names(file))
-    except InputError as error:
-        return str(error)
-    if genes == run.genes:
-        return None
-    number, trained = genes["number"], run.genes["number"]
-    which = f"{number:,} genes, not the {trained:,} genes of the run"
-    if number == trained:
-        which = "other genes than the run, or the same in another order"
-    return (
-        f"{file.filename} has {which}: state tx infer takes its columns for the run's genes. Write "
-        "it again with the genes of the training data, in their order"
-    )
+        return
+    genes = fingerprint(h5ad.gene_names(file))
+    if genes != run.genes:
+        number, trained = genes["number"], run.genes["number"]
+        which = f"{number:,} genes, not the {trained:,} genes of the run"
+        if number == trained:
+            which = "other genes than the run, or the same in another order"
+        raise InputError(
+            f"{file.filename} has {which}: state tx infer takes its columns for the run's genes. "
+            "Write it again with the genes of the training data, in their order"
+        )
 
 
-def wrong_input(run: TrainedRun, file: h5py.File) -> str | None:
-    """What is wrong with the embedding for a run that was trained on one."""
+def require_embedding(run: TrainedRun, file: h5py.File) -> None:
+    """Refuse an unlike embedding, for a run that was trained on one."""
     name = f"obsm/{run.embed_key}"
     node = file.get(name)
     if node is None:
         there = some(sorted(file.get("obsm", ()))) or "none"
-        return (
+        raise InputError(
             f"{file.filename} has no {name}, on which the run was trained (obsm: {there}). Compute "
             "it as there"
         )
     place = f"adata.obsm[{run.embed_key!r}]"
-    if is_sparse(node):
-        return (
-            f"{file.filename} has {name} stored as {stored_as(node)}, which state tx infer cannot "
-            f"take. Write it again after {rewriting(f'{place} = {place}.toarray()')}"
+    if h5ad.is_sparse(node):
+        again = h5ad.rewriting(f"{place} = {place}.toarray()")
+        raise InputError(
+            f"{file.filename} has {name} stored as {h5ad.stored_as(node)}, which state tx infer "
+            f"cannot take. Write it again after {again}"
         )
-    width = matrix_shape(node)[1]
+    width = h5ad.matrix_shape(node)[1]
     if run.input_width not in (None, width):
-        return (
+        raise InputError(
             f"{file.filename} has {count(width, 'column')} in {name}, and the run was trained on "
             f"{run.input_width:,}. Compute it as there"
         )
-    return None
 
 
-def shared_controls(run: TrainedRun, file: h5py.File, controls: np.ndarray) -> list[str]:
-    """Which cells `state tx infer` would predict from control cells of other cell types.
+def check_controls(run: TrainedRun, file: h5py.File, controls: np.ndarray, found: Findings) -> None:
+    """Note cells that `state tx infer` would predict from control cells of other cell types.
 
     Parameters
     ----------
     controls
         bool (cells,): control cells.
     """
-    columns = obs_columns(file)
+    columns = h5ad.obs_columns(file)
     column = next((c for c in (run.cell_type, *CELL_TYPE_COLUMNS) if c in columns), None)
     if column is None:
-        return [
-            f"no obs column {run.cell_type!r}: state tx infer draws control cells of any cell type"
-        ]
-    names, codes = open_column(file, column)
+        found.warnings.append(
+            f"{file.filename}: no obs column {run.cell_type!r}: state tx infer draws control cells "
+            "of any cell type"
+        )
+        return
+    names, codes = h5ad.open_column(file, column)
     types = codes[:]
     bare = sorted({int(t) for t in types} - {int(t) for t in types[controls]} - {-1})
-    if not bare:
-        return []
-    return [
-        f"no control cell in {some(str(names[t]) for t in bare)}: state tx infer draws them from "
-        "all other cell types"
-    ]
+    if bare:
+        found.warnings.append(
+            f"{file.filename}: no control cell in {some(str(names[t]) for t in bare)}: state tx "
+            "infer draws them from all other cell types"
+        )
 
 
-def unknown_batches(run: TrainedRun, file: h5py.File) -> tuple[list[str], list[str]]:
-    """(problems, warnings) of the batches of a template, for a model that reads them."""
+def check_batches(run: TrainedRun, file: h5py.File, found: Findings) -> None:
+    """Note batches of a template that a model which reads them does not know."""
     if run.batch is None:
-        return [], []
-    if run.batch not in obs_columns(file):
-        return [
+        return
+    if run.batch not in h5ad.obs_columns(file):
+        found.problems.append(
             f"{file.filename} has no obs column {run.batch!r}, the batch that the model reads: "
             "state tx infer would end in a KeyError. Add it, with batches of the training data"
-        ], []
+        )
+        return
     known = run.vectors(run.folder / "batch_onehot_map.torch")
-    names, codes = open_column(file, run.batch)
+    names, codes = h5ad.open_column(file, run.batch)
     there = [str(names[code]) for code in sorted({*codes[:].tolist()} - {-1})]
     unknown = [name for name in there if name not in known]
-    if not unknown:
-        return [], []
-    return [], [
-        f"{file.filename}: {count(len(unknown), 'label')} of {run.batch!r} not known to the run "
-        f"({some(unknown)}): state tx infer takes the run's first batch, {next(iter(known))}, for "
-        f"{them(len(unknown))}"
-    ]
+    if unknown:
+        found.warnings.append(
+            f"{file.filename}: {count(len(unknown), 'label')} of {run.batch!r} not known to the "
+            f"run ({some(unknown)}): state tx infer takes the run's first batch, "
+            f"{next(iter(known))}, for {them(len(unknown))}"
+        )
 
 
 def check_template(
@@ -181,7 +166,7 @@ def check_template(
     wanted = [x for x in labels.names if x != run.control]
     unknown = [x for x in wanted if x not in known and labels.needed_in(x)]
     total = count(len(wanted), "label")
-    problems, doubts = check_templates(run, paths, pert_col)
+    found = check_templates(run, paths, pert_col)
     if unknown:
         try:
             run.manifest()
@@ -191,23 +176,21 @@ def check_template(
                 remedy += f" (if {named[0]} is the control, label its cells {run.control} instead)"
         except InputError as refused:
             remedy = str(refused)
-        problems.append(
+        found.problems.append(
             f"{len(unknown):,} of {total} not known to {run.named} ({some(unknown)}): state "
             f"tx infer would predict them as control. {remedy}"
         )
     zeros, filled = filled_in(run, wanted, known)
-    problems += zeros
-    if problems:
-        raise one_error(problems)
+    found.problems += zeros
+    if found.problems:
+        raise one_error(found.problems)
     notes.line(f"{total}, none of which would be predicted as control by {run.named}")
-    for text in (*filled, *doubts):
+    for text in (*filled, *found.warnings):
         notes.warn(text)
 
 
 def filled_in(
-    run: TrainedRun,
-    names: Iterable[str],
-    known: Mapping[str, torch.Tensor],
+    run: TrainedRun, names: Iterable[str], known: Mapping[str, torch.Tensor]
 ) -> tuple[list[str], list[str]]:
     """What to say of labels that are known by zeros, and by vectors not their own."""
     manifest = read_manifest(run.features) or {}
