@@ -165,7 +165,7 @@ def plan_and_train(
     notes.say()
     plan = make_plan(options, run_dir, earlier, manifest, place, notes)
     notes.line(describe(plan))
-    how = decide(plan, earlier, options.run, notes)
+    how = decide(plan, notes)
     if options.run.dry_run:
         once = "" if named else ", once its features are made"
         notes.line(f"dry run ({how}): nothing written. The stock command for it{once}:")
@@ -177,7 +177,7 @@ def plan_and_train(
         with run_lock(run_dir, advice=OR_ANOTHER):
             if earlier_run(run_dir) != earlier:
                 raise Busy(run_dir, None, OR_ANOTHER)
-            train_in(plan, earlier, how, options.command, notes)
+            train_in(plan, how, notes)
     notes.say()
     print(plan.stock_command() if options.run.dry_run else run_dir)
     return 0
@@ -190,31 +190,27 @@ def run_dir_of(options: TrainOptions) -> Path:
     return options.run.output_dir.absolute() / name
 
 
-def train_in(
-    plan: Plan,
-    earlier: Mapping[str, Any] | None,
-    how: str,
-    command: Sequence[str],
-    notes: Notes,
-) -> None:
+def train_in(plan: Plan, how: str, notes: Notes) -> None:
     """Copy the data if asked to, prepare the run directory, train, and keep the record."""
     refuse_hpc_checkpoint(plan.run_dir, how)
     notes.say()
     if plan.fast:
         make_copies(plan.fast, plan.data.columns)
     notes.line(f"stock     {plan.stock_command()}")
-    record = start(plan, earlier, how, command, notes)
+    record = start(plan, how, notes)
     notes.line(f"training; what stock prints goes to {plan.run_dir / 'train.log'}")
     notes.say()
     state = Training(plan.run_dir, plan.stock["training"]["max_steps"])
     state.first = state.step = record["starts"][-1]["from_step"]
     try:
-        train(state, record["overrides"], plan.step_checkpoints)
+        train(state, record)
     except BaseException as error:
         record["status"] = "stopped" if isinstance(error, Stopped) else "failed"
         with contextlib.suppress(InputError):  # of a full disk: the first error is the one to see
-            if earlier is not None and how == "resume" and not state.started:
-                write_json(plan.run_dir / "run.json", earlier)  # it is still the run that it was
+            if plan.earlier and how == "resume" and not state.started:
+                write_json(
+                    plan.run_dir / "run.json", plan.earlier
+                )  # it is still the run that it was
             else:
                 close_record(plan.run_dir, record, state)
         raise

@@ -578,7 +578,7 @@ def untrained(
 ) -> Train:
     """Run main([...]) where so many loader workers fit; all but the training itself is done."""
     monkeypatch.setenv("PYTHONHASHSEED", "0")
-    monkeypatch.setattr(script, "train", lambda state, overrides, step_checkpoints: None)
+    monkeypatch.setattr(script, "train", lambda state, record: None)
 
     def run(fitting: int, *arguments: object) -> Result:
         monkeypatch.setattr(plan_module, "choose_workers", lambda stock, data: fitting)

@@ -280,17 +280,15 @@ def our_callbacks(state: Training, step_checkpoints: int | None) -> list[Any]:
     return callbacks
 
 
-def train(state: Training, overrides: Sequence[str], step_checkpoints: int | None) -> None:
+def train(state: Training, record: Mapping[str, Any]) -> None:
     """Run the stock training; its prints go to train.log in the run directory.
 
     Parameters
     ----------
     state
         Filled in as the training runs.
-    overrides
-        Of the stock configuration.
-    step_checkpoints
-        Steps between two step=N.ckpt, or None.
+    record
+        run.json, with the overrides of the stock configuration.
 
     Raises
     ------
@@ -302,13 +300,13 @@ def train(state: Training, overrides: Sequence[str], step_checkpoints: int | Non
     from omegaconf import OmegaConf
     from state._cli import run_tx_train
 
-    cfg = OmegaConf.create(compose(overrides))
+    cfg = OmegaConf.create(compose(record["overrides"]))
     printed = state.run_dir / "train.log" if rank() == 0 else Path(os.devnull)
     with (
         printed.open("a", encoding="utf-8") as log_file,
         loaders_end_with_us(),
         contextlib.redirect_stdout(log_file),
-        appended_callbacks(our_callbacks(state, step_checkpoints)),
+        appended_callbacks(our_callbacks(state, record["step_checkpoints"])),
     ):
         try:
             run_tx_train(cfg)
@@ -361,7 +359,7 @@ def follow(run_dir: Path) -> int:
         time.sleep(0.2)
     state = Training(run_dir, record["identity"]["settings"]["training.max_steps"])
     try:
-        train(state, record["overrides"], record["step_checkpoints"])
+        train(state, record)
     except (Stopped, InputError):
         if not state.together:  # else all ranks stop, and the first one says why
             raise

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from state_esm_features import option_groups
 from state_esm_features.console import Findings, Notes, count
 from state_esm_features.embedding.features import resolve_labels
 from state_esm_features.embedding.features_file import build_manifest, read_manifest, write_features
@@ -21,18 +22,6 @@ from state_esm_features.embedding.report import summary
 from state_esm_features.embedding.vectors import note_identical
 from state_esm_features.files import existing_file
 from state_esm_features.h5ad import storage_problems
-from state_esm_features.option_groups import (
-    CONSECUTIVE,
-    FEATURES,
-    WORKERS,
-    DataOptions,
-    FeatureOptions,
-    RunOptions,
-    TrainingOptions,
-    WandbOptions,
-    feature_options,
-    without_defaults,
-)
 from state_esm_features.options import as_words, make
 from state_esm_features.training.data import Data
 from state_esm_features.training.fast_copies import FastLoading
@@ -45,8 +34,7 @@ from state_esm_features.training.stock import (
     INFER_LOADS,
     compose,
     overrides_of,
-    require_known,
-    require_numbers,
+    require_trainable,
     typed_settings,
 )
 
@@ -68,10 +56,10 @@ class TrainOptions:
         As typed.
     """
 
-    data: DataOptions
-    training: TrainingOptions
-    run: RunOptions
-    features: FeatureOptions
+    data: option_groups.DataOptions
+    training: option_groups.TrainingOptions
+    run: option_groups.RunOptions
+    features: option_groups.FeatureOptions
     given: Mapping[str, Any]
     overrides: Sequence[str]
     command: Sequence[str]
@@ -82,10 +70,10 @@ class TrainOptions:
     ) -> TrainOptions:
         """Those that are given, and the defaults of the others."""
         return cls(
-            make(DataOptions, given),
-            make(TrainingOptions, given),
-            make(RunOptions, given),
-            feature_options(given),
+            make(option_groups.DataOptions, given),
+            make(option_groups.TrainingOptions, given),
+            make(option_groups.RunOptions, given),
+            option_groups.feature_options(given),
             *(given, overrides, command),
         )
 
@@ -118,7 +106,8 @@ def make_features(
     add_labels_found(labels, in_files, data.columns.pert, data.experiment, options.data.config)
     wanted = options.features
     words = ["--from-toml", options.data.config, "--pert-col", data.columns.pert]
-    words += ["--control-pert", data.columns.control, *as_words(without_defaults(wanted), FEATURES)]
+    words += ["--control-pert", data.columns.control]
+    words += as_words(option_groups.without_defaults(wanted), option_groups.FEATURES)
     command = [str(w) for w in words]  # of create_esm_pert_features.py
     resolved = resolve_labels(labels, wanted, found, options.run.dry_run)
     before = earlier["identity"]["features"]["sha256"] if earlier else None
@@ -148,12 +137,14 @@ class Plan:
 
     Attributes
     ----------
-    toml, features
-        As the user named them; features that are made for the run are its own copy.
+    options
+        As the user gave them.
+    earlier
+        run.json of the run that is there already, or None.
     made
         Where features that were made for the run are until then, or None.
     run_dir
-        Absolute; the run's own copies of both lie in it.
+        Absolute; the run's own copies of TOML and features lie in it.
     settings
         {stock key: value} that this script sets.
     typed
@@ -168,10 +159,10 @@ class Plan:
         How --fast-loading reads the data, or None.
     """
 
-    toml: Path
-    features: Path
-    made: Path | None
+    options: TrainOptions
     run_dir: Path
+    earlier: Mapping[str, Any] | None
+    made: Path | None
     settings: Mapping[str, Any]
     typed: Sequence[str]
     stock: Mapping[str, Any]
@@ -179,6 +170,16 @@ class Plan:
     pert_features: Mapping[str, Any]
     step_checkpoints: int | None
     fast: FastLoading | None
+
+    @property
+    def toml(self) -> Path:
+        """As the user named it."""
+        return self.options.data.config
+
+    @property
+    def features(self) -> Path:
+        """As the user named them; those that are made for the run are its own copy."""
+        return self.options.data.pert_features or self.own_features
 
     @property
     def own_features(self) -> Path:
@@ -213,15 +214,19 @@ def settings_of(given: Mapping[str, Any]) -> dict[str, Any]:
     """{setting of State: value} of the options that are given."""
     settings = {
         key: given[f.name]
-        for group in (DataOptions, TrainingOptions, WandbOptions)
+        for group in (
+            option_groups.DataOptions,
+            option_groups.TrainingOptions,
+            option_groups.WandbOptions,
+        )
         for f in fields(group)
         if f.name in given
         for key in f.metadata["stock"]
     }
     if given.get("num_workers", "auto") != "auto":
-        settings[WORKERS] = given["num_workers"]
+        settings[option_groups.WORKERS] = given["num_workers"]
     if given.get("fast_loading"):
-        settings[CONSECUTIVE] = given["fast_loading"] == "sorted"
+        settings[option_groups.CONSECUTIVE] = given["fast_loading"] == "sorted"
     if given.get("wandb_project"):
         settings["use_wandb"] = True
         settings.setdefault("wandb.entity", None)  # stock's default is a placeholder
@@ -230,32 +235,25 @@ def settings_of(given: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def kept_choices(
-    run: RunOptions, earlier: Mapping[str, Any] | None
-) -> tuple[Mapping[str, Any], Sequence[str]]:
-    """(settings, typed overrides) that stay as in the run that is there, unless given now.
-
-    On resume all of them. Else the number of loader workers only: chosen anew, it would follow
-    the memory that is free now, and the same command would ask for another run. With --overwrite
-    none.
-    """
-    if earlier is None or run.overwrite:
-        return {}, []
-    if run.resume:
-        return earlier["settings"], earlier["typed"]
-    return {WORKERS: earlier["identity"]["settings"][WORKERS]}, []
-
-
 def choose_settings(
     options: TrainOptions, earlier: Mapping[str, Any] | None
 ) -> tuple[dict[str, Any], list[str]]:
-    """What the user wants: (settings, typed overrides); what is not given may stay as it was."""
-    settings_before, typed_before = kept_choices(options.run, earlier)
-    typed_now = typed_settings(options.overrides)
-    kept = [t for t in typed_before if not set(typed_settings([t])) & set(typed_now)]
-    defaults = {"model": "state_sm", "use_wandb": False}
-    settings = {**defaults, **settings_before, **settings_of(options.given)}
-    return settings, [*kept, *options.overrides]
+    """What the user wants: (settings, typed overrides); what is not given may stay as it was.
+
+    On resume all of it stays as in the run that is there. Else the number of loader workers only:
+    chosen anew, it would follow the memory that is free now, and the same command would ask for
+    another run. With --overwrite nothing.
+    """
+    settings: dict[str, Any] = {"model": "state_sm", "use_wandb": False}
+    typed: list[str] = []
+    if earlier and options.run.resume:
+        now = typed_settings(options.overrides)
+        typed = [t for t in earlier["typed"] if typed_settings([t]).keys().isdisjoint(now)]
+        settings |= earlier["settings"]
+    elif earlier and not options.run.overwrite:
+        workers = option_groups.WORKERS
+        settings[workers] = earlier["identity"]["settings"][workers]
+    return settings | settings_of(options.given), [*typed, *options.overrides]
 
 
 def step_checkpoints(asked: Mapping[str, Any], stock: Mapping[str, Any]) -> int | None:
@@ -280,24 +278,8 @@ def check_data(
     return data
 
 
-def checked_stock(settings: Mapping[str, Any], typed: Sequence[str]) -> dict[str, Any]:
-    """State's configuration, and that it holds what can be trained at all."""
-    stock = compose(overrides_of(settings, typed))
-    require_numbers(stock["training"])
-    require_known(stock["data"])
-    return stock
-
-
-def check_start(model: Mapping[str, Any], resumed: Mapping[str, Any], found: Findings) -> None:
-    """Note if the checkpoint is not there from which a new run of the model starts."""
-    with found.collect():
-        if model.get("init_from") and not resumed:
-            checkpoint = "checkpoint to start from (model.kwargs.init_from)"
-            existing_file(model["init_from"], checkpoint)
-
-
 def choose_loading(
-    options: TrainingOptions,
+    options: option_groups.TrainingOptions,
     resumed: Mapping[str, Any],
     data: Data,
     stock: Mapping[str, Any],
@@ -320,37 +302,6 @@ def choose_loading(
     return plan_fast_loading(layout, folder, data, stock, found)
 
 
-def check_space(
-    stock: Mapping[str, Any],
-    data: Data,
-    pert_width: int,
-    interval: int | None,
-    fast: FastLoading | None,
-    run_dir: Path,
-    found: Findings,
-) -> None:
-    """Note if there is no room for the checkpoints, one every `interval` steps among them."""
-    each = try_model(stock, data_dims(data.files, pert_width)).checkpoint
-    steps = stock["training"]["max_steps"] // interval if interval else 0
-    check_disk(each, steps, run_dir, fast.bytes_beside(run_dir) if fast else 0, found)
-
-
-def features_of(
-    options: TrainOptions,
-    data: Data | None,
-    manifest: Mapping[str, Any] | None,
-    earlier: Mapping[str, Any] | None,
-    place: Path,
-    found: Findings,
-) -> tuple[Path | None, dict[str, Any] | None]:
-    """(file, if it was made now; what `check_features` says): those named, or made for the run."""
-    if options.data.pert_features:
-        return None, check_features(options.data.pert_features, manifest, data, found)
-    if data and data.files:
-        return make_features(options, data, place, earlier, found)
-    return None, None
-
-
 def make_plan(
     options: TrainOptions,
     run_dir: Path,
@@ -364,7 +315,7 @@ def make_plan(
     Parameters
     ----------
     earlier
-        run.json of the run that is there already, of which `kept_choices` keeps some.
+        run.json of the run that is there already, of which `choose_settings` keeps some.
     manifest
         Of the features file that was named.
     place
@@ -378,63 +329,53 @@ def make_plan(
     found = Findings(notes.noted)
     settings, typed = choose_settings(options, earlier)
     asked = settings | typed_settings(typed)
-    stock = checked_stock(settings, typed)
+    stock = compose(overrides_of(settings, typed))
+    require_trainable(stock)
     resumed = (earlier or {}) if options.run.resume else {}
     interval, fast = step_checkpoints(asked, stock), None
     data = check_data(options.data.config, asked, stock, found, manifest)
-    check_start(stock["model"]["kwargs"], resumed, found)
     made = features = None
     with found.collect():
-        made, features = features_of(options, data, manifest, earlier, place, found)
+        begins_with = stock["model"]["kwargs"].get("init_from")
+        if begins_with and not resumed:
+            existing_file(begins_with, "checkpoint to start from (model.kwargs.init_from)")
+    with found.collect():
+        if options.data.pert_features:
+            features = check_features(options.data.pert_features, manifest, data, found)
+        elif data and data.files:
+            made, features = make_features(options, data, place, earlier, found)
     if data and data.files:
         settings |= data.columns.settings()
-        settings.setdefault(WORKERS, choose_workers(stock, data))
+        settings.setdefault(option_groups.WORKERS, choose_workers(stock, data))
         fast = choose_loading(options.training, resumed, data, stock, run_dir, found)
         if features:
-            check_space(stock, data, features["width"], interval, fast, run_dir, found)
+            each = try_model(stock, data_dims(data.files, features["width"])).checkpoint
+            steps = stock["training"]["max_steps"] // interval if interval else 0
+            check_disk(each, steps, run_dir, fast.bytes_beside(run_dir) if fast else 0, found)
     found.settle()
     assert data and features  # else there is a problem
+    stock = compose(overrides_of(settings, typed))
     return Plan(
-        toml=options.data.config,
-        features=options.data.pert_features or run_dir / OWN_FEATURES,
-        made=made,
-        run_dir=run_dir,
-        settings=settings,
-        typed=typed,
-        data=data,
-        pert_features=features,
-        stock=compose(overrides_of(settings, typed)),
-        step_checkpoints=interval,
-        fast=fast,
+        options, run_dir, earlier, made, settings, typed, stock, data, features, interval, fast
     )
 
 
 def describe(plan: Plan) -> str:
     """The plan in a few lines."""
-    files, features = plan.data.files, plan.pert_features
-    c = plan.data.columns
-    settings = plan.stock["training"]
+    files, features, c = plan.data.files, plan.pert_features, plan.data.columns
     model = typed_settings(plan.typed).get("model", plan.settings["model"])
+    training = plan.stock["training"]
+    steps = f"{training['max_steps']:,} steps of {training['batch_size']} cell sets"
+    genes, cells = len(files[0].genes), sum(int(f.cells.sum()) for f in files)
+    columns = f"perturbation {c.pert}, cell type {c.cell_type}, batch {c.batch}"
+    size = f"{features['labels']:,} x {features['width'] or 'unknown'}"
     rows = [
         ("run", plan.run_dir),
-        (
-            "model",
-            f"{model}, {settings['max_steps']:,} steps of {settings['batch_size']} cell sets",
-        ),
-        (
-            "data",
-            f"{count(len(files), 'file')}, {len(files[0].genes):,} genes, "
-            f"{sum(int(f.cells.sum()) for f in files):,} cells",
-        ),
-        (
-            "columns",
-            f"perturbation {c.pert}, cell type {c.cell_type}, batch {c.batch}, control {c.control}",
-        ),
+        ("model", f"{model}, {steps}"),
+        ("data", f"{count(len(files), 'file')}, {genes:,} genes, {cells:,} cells"),
+        ("columns", f"{columns}, control {c.control}"),
         *split_table(plan.data.splits),
-        (
-            "features",
-            f"{plan.features} ({features['labels']:,} x {features['width'] or 'unknown'})",
-        ),
+        ("features", f"{plan.features} ({size})"),
         ("workers", plan.stock["data"]["kwargs"]["num_workers"]),
     ]
     if plan.fast:

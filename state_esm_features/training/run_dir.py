@@ -11,29 +11,15 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from state_esm_features import __version__
+from state_esm_features import __version__, files
 from state_esm_features.console import InputError, Notes, count, short, some
 from state_esm_features.embedding.features_file import manifest_path, read_manifest, trained_sha256
 from state_esm_features.experiment import SECTIONS, absolute_paths, toml_text
-from state_esm_features.files import (
-    as_json,
-    data_file_origin,
-    fingerprint,
-    git_state,
-    lock_path,
-    now,
-    read_json,
-    run_lock,
-    same_file,
-    sha256_of,
-    write_json,
-    write_whole,
-)
-from state_esm_features.option_groups import CONSECUTIVE, RunOptions
+from state_esm_features.option_groups import CONSECUTIVE
 from state_esm_features.training.checkpoints import checkpoint_steps, intact
 from state_esm_features.training.fast_loading import fast_paths
 from state_esm_features.training.launch import launch_id
@@ -78,12 +64,12 @@ def hardware() -> dict[str, Any]:
 
 def identity(plan: Plan) -> dict[str, Any]:
     """What makes two runs the same: settings, features, TOML, data files, versions."""
-    origins = [data_file_origin(f.path.absolute()) for f in plan.data.files]
+    origins = [files.data_file_origin(f.path.absolute()) for f in plan.data.files]
     stock = {k: v for k, v in flat(plan.stock).items() if k not in MANAGED or k == CONSECUTIVE}
     cell_load_reads = {s: getattr(plan.data.experiment, s) for s in SECTIONS}  # not comments
     return {
         "features": {"sha256": plan.pert_features["sha256"]},
-        "toml": {"content": hashlib.sha256(as_json(cell_load_reads)).hexdigest()},
+        "toml": {"content": hashlib.sha256(files.as_json(cell_load_reads)).hexdigest()},
         "data": {o["path"]: f"{o['size']:,} bytes" for o in origins},
         "changed": {o["path"]: o["mtime_ns"] for o in origins},
         "versions": versions(),
@@ -113,7 +99,7 @@ def earlier_run(run_dir: Path) -> dict[str, Any] | None:
     """
     if not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir())):
         return None
-    record = read_json(run_dir / "run.json")
+    record = files.read_json(run_dir / "run.json")
     if record is None or record.get("format") != RUN_FORMAT:
         raise InputError(
             f"{run_dir} exists and is no run of this script; choose another --name, or move it away"
@@ -121,7 +107,7 @@ def earlier_run(run_dir: Path) -> dict[str, Any] | None:
     return record
 
 
-def decide(plan: Plan, earlier: Mapping[str, Any] | None, options: RunOptions, notes: Notes) -> str:
+def decide(plan: Plan, notes: Notes) -> str:
     """'new', 'resume', 'overwrite' or 'up to date'.
 
     Raises
@@ -129,6 +115,7 @@ def decide(plan: Plan, earlier: Mapping[str, Any] | None, options: RunOptions, n
     InputError
         There is a run that neither --resume nor --overwrite allows to touch.
     """
+    earlier, options = plan.earlier, plan.options.run
     if earlier is None:
         return "new"
     if options.overwrite:
@@ -187,7 +174,7 @@ def write_inputs(plan: Plan, features_too: bool, notes: Notes) -> None:
 
     def copy(source: Path, target: Path) -> None:
         with source.open("rb") as content:
-            write_whole(target, lambda f: shutil.copyfileobj(content, f))
+            files.write_whole(target, lambda f: shutil.copyfileobj(content, f))
 
     if features_too:
         source = plan.made or plan.features
@@ -196,12 +183,12 @@ def write_inputs(plan: Plan, features_too: bool, notes: Notes) -> None:
         if manifest_path(source).is_file():
             copy(manifest_path(source), manifest_path(plan.own_features))
     text = toml_of_run(plan, notes)
-    write_whole(plan.own_toml, lambda f: f.write(text.encode()))
+    files.write_whole(plan.own_toml, lambda f: f.write(text.encode()))
 
 
 def note_lost_labels(features: Path, notes: Notes) -> None:
     """Before features to which labels were added make way for others."""
-    added = (read_json(manifest_path(features)) or {}).get("added", [])
+    added = (files.read_json(manifest_path(features)) or {}).get("added", [])
     labels = [label for addition in added for label in addition["labels"]]
     if labels:
         notes.warn(
@@ -242,7 +229,7 @@ def prepare_resume(plan: Plan, notes: Notes) -> int:
         )
     last = best.with_name("last.ckpt")
     if best != last:  # of equal steps last.ckpt comes first
-        same_file(best, last)
+        files.same_file(best, last)
     metrics = plan.run_dir / "version_0" / "metrics.csv"
     if metrics.exists():  # Lightning's logger starts the file anew
         metrics.replace(metrics.with_name(f"metrics-until-step-{step}.csv"))
@@ -257,8 +244,8 @@ def prepare_resume(plan: Plan, notes: Notes) -> int:
 
 def refuse_if_held(run_dir: Path) -> None:
     """Say so at once, before the data is looked at."""
-    if lock_path(run_dir).exists():
-        with run_lock(run_dir, advice=OR_ANOTHER):
+    if files.lock_path(run_dir).exists():
+        with files.run_lock(run_dir, advice=OR_ANOTHER):
             pass
 
 
@@ -278,8 +265,8 @@ def finish(plan: Plan, record: dict[str, Any], state: Training, notes: Notes) ->
 def close_record(run_dir: Path, record: dict[str, Any], state: Training) -> None:
     """Write down how far this start came, and draw it."""
     record |= {"steps": state.step, **state.losses}
-    record["starts"][-1] |= {"to_step": state.step, "ended": now(), **state.timings()}
-    write_json(run_dir / "run.json", record)
+    record["starts"][-1] |= {"to_step": state.step, "ended": files.now(), **state.timings()}
+    files.write_json(run_dir / "run.json", record)
     draw_training(run_dir)
 
 
@@ -309,12 +296,12 @@ def described(plan: Plan, what: Mapping[str, Any]) -> dict[str, Any]:
         "python_hash_seed": os.environ.get("PYTHONHASHSEED"),
         "identity": what,
         # what `state tx infer` takes the columns of a template for
-        "genes": None if on_embedding else fingerprint(first.genes),
+        "genes": None if on_embedding else files.fingerprint(first.genes),
         "input_width": first.width,
         "hardware": hardware(),
         "git": {
-            "working_directory": git_state(Path.cwd()),
-            "scripts": git_state(Path(__file__).parent),
+            "working_directory": files.git_state(Path.cwd()),
+            "scripts": files.git_state(Path(__file__).parent),
         },
         # for the other ranks, where there are any
         "launch": launch_id(),
@@ -323,17 +310,16 @@ def described(plan: Plan, what: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def start(
-    plan: Plan, earlier: Mapping[str, Any] | None, how: str, command: Sequence[str], notes: Notes
-) -> dict[str, Any]:
+def start(plan: Plan, how: str, notes: Notes) -> dict[str, Any]:
     """Prepare the run directory for a new, replaced or resumed run; returns its record."""
-    if how == "resume" and earlier is not None:
+    earlier = plan.earlier
+    if earlier and how == "resume":
         step = prepare_resume(plan, notes)
         record = dict(earlier)
     else:
         step = 0
         record = {"format": RUN_FORMAT, "starts": [], "steps": 0, "replaces": []}
-        if how == "overwrite" and earlier is not None:
+        if earlier and how == "overwrite":
             note_lost_labels(plan.own_features, notes)
             aside = str(move_aside(plan.run_dir))
             record["replaces"] = [*earlier["replaces"], aside]
@@ -347,15 +333,15 @@ def start(
         *record["starts"],
         {
             "from_step": step,
-            "at": now(),
+            "at": files.now(),
             "folder": str(Path.cwd()),
-            "command": list(command),
-            "toml": {"path": str(plan.toml.absolute()), "sha256": sha256_of(plan.toml)},
+            "command": list(plan.options.command),
+            "toml": {"path": str(plan.toml.absolute()), "sha256": files.sha256_of(plan.toml)},
             **({"note": fresh} if fresh else {}),
         },
     ]
     # run.json first: a run cut off here can be resumed; the other ranks wait for "training"
-    write_json(plan.run_dir / "run.json", record | {"status": "preparing"})
+    files.write_json(plan.run_dir / "run.json", record | {"status": "preparing"})
     write_inputs(plan, new_features, notes)
-    write_json(plan.run_dir / "run.json", record)
+    files.write_json(plan.run_dir / "run.json", record)
     return record

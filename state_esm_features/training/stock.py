@@ -181,23 +181,20 @@ def count_devices(devices: Any) -> int:
     return len(devices) if isinstance(devices, list) else int(devices)
 
 
-def require_numbers(training: Mapping[str, Any]) -> None:
-    """The options check themselves; an override may hold anything."""
+def require_trainable(stock: Mapping[str, Any]) -> None:
+    """What the options check themselves, an override may hold; State knows one data module."""
     for key in ("max_steps", "batch_size", "val_freq", "ckpt_every_n_steps"):
-        value = training.get(key)
+        value = stock["training"].get(key)
         if not isinstance(value, int) or value < 1:
             raise InputError(f"training.{key} must be a whole number above 0, got {value!r}")
-
-
-def require_known(data: Mapping[str, Any]) -> None:
-    """What the option checks itself, an override may hold; where State knows one data module."""
-    if data["name"] != "PerturbationDataModule":
+    module, kwargs = stock["data"]["name"], stock["data"]["kwargs"]
+    if module != "PerturbationDataModule":
         raise InputError(
-            f"data.name={data['name']}: State trains on a PerturbationDataModule only; leave data= "
-            "and data.name out"
+            f"data.name={module}: State trains on a PerturbationDataModule only; leave data= and "
+            "data.name out"
         )
-    space = data["kwargs"].get("output_space")
+    space = kwargs.get("output_space")
     if space not in SPACES:
         raise InputError(f"data.kwargs.output_space must be gene, all or embedding, got {space!r}")
-    if data["kwargs"]["embed_key"] == "":
+    if kwargs["embed_key"] == "":
         raise InputError("data.kwargs.embed_key is empty; to train on X, leave it out")
