@@ -5,7 +5,7 @@ How features are made is not known here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,15 @@ def check_features(
     """
     import torch
 
-    features = read_features(path)
-    control = data.columns.control if data else (manifest or {}).get("control", DEFAULT_CONTROL)
-    _check_manifest(path, len(features), manifest, control, found)
+    features, about = read_features(path), manifest or {}
+    control = data.columns.control if data else about.get("control", DEFAULT_CONTROL)
+    if manifest is None:
+        found.warnings.append(
+            f"{path} has no manifest of create_esm_pert_features.py: nothing tells where its "
+            "vectors come from"
+        )
+    else:
+        _check_manifest(path, len(features), manifest, control, found)
     if control not in features:
         found.warnings.append(f"{path} has no control {control!r}: cell-load gives it zeros")
     widths = sorted({tuple(v.shape) for v in features.values()})
@@ -47,26 +53,23 @@ def check_features(
         found.problems.append(
             f"{path}: NaN or infinite values in {count(len(infinite), 'vector')} ({some(infinite)})"
         )
-    _check_zeros(path, features, manifest, control, found)
-    _check_labels(path, features, data, control, found)
-    ablation = (manifest or {}).get("ablation")
+    controls = {control, about.get("control")}  # another control is a problem already
+    zeros = [k for k, v in features.items() if k not in controls and not v.any()]
+    if zeros:
+        _note_zeros(path, zeros, about, found)
+    if data:
+        _check_labels(path, features, data, found)
     return {
         "sha256": trained_sha256(manifest) if manifest else sha256_of(path),
         "width": next(iter(features.values())).shape[-1] if widths[0] else 0,
         "labels": len(features),
-        "ablation": ablation,
+        "ablation": about.get("ablation"),
     }
 
 
 def _check_manifest(
-    path: Path, labels: int, manifest: Mapping[str, Any] | None, control: str, found: Findings
+    path: Path, labels: int, manifest: Mapping[str, Any], control: str, found: Findings
 ) -> None:
-    if manifest is None:
-        found.warnings.append(
-            f"{path} has no manifest of create_esm_pert_features.py: nothing tells where its "
-            "vectors come from"
-        )
-        return
     if manifest["control"] != control:
         found.problems.append(
             f"{path} was made for the control {manifest['control']!r}, but this run's control is "
@@ -96,36 +99,22 @@ def read_features(path: Path) -> dict[str, Any]:
     return features
 
 
-def _check_zeros(
-    path: Path,
-    features: Mapping[str, Any],
-    manifest: Mapping[str, Any] | None,
-    control: str,
-    found: Findings,
+def _note_zeros(
+    path: Path, zeros: Collection[str], about: Mapping[str, Any], found: Findings
 ) -> None:
-    controls = {control, (manifest or {}).get("control")}  # another control is a problem already
-    zeros = [k for k, v in features.items() if k not in controls and not v.any()]
-    if not zeros:
-        return
     what = (
         f"{path}: {count(len(zeros), 'perturbation')} with a zero vector, which State cannot tell "
         f"from the control ({some(zeros)})"
     )
-    if ((manifest or {}).get("policy") or {}).get("missing") == "zero":
+    if about.get("policy", {}).get("missing") == "zero":
         found.warnings.append(f"{what}, as --missing zero chose")
     else:
         found.problems.append(f"{what}. Make the file again with create_esm_pert_features.py")
 
 
-def _check_labels(
-    path: Path,
-    features: Mapping[str, Any],
-    data: Data | None,
-    control: str,
-    found: Findings,
-) -> None:
-    files = data.files if data else []
-    for f in files:
+def _check_labels(path: Path, features: Collection[str], data: Data, found: Findings) -> None:
+    control = data.columns.control
+    for f in data.files:
         labels = [x for x in f.labels if x != control and x not in f.unused]
         missing = [x for x in labels if x not in features]
         if missing:
@@ -135,10 +124,10 @@ def _check_labels(
                 "would train them as control. Make the file again with create_esm_pert_features.py "
                 "--from-toml"
             )
-    in_cells = {x for f in files for x in set(f.labels) - set(f.unused)}
+    in_cells = {x for f in data.files for x in set(f.labels) - set(f.unused)}
     known = {control, *features, *in_cells}
-    unused = dict.fromkeys(x for f in files for x in f.labels if x in f.unused and x not in known)
-    if data and unused:
-        holders = [str(f.path) for f in files if not unused.keys().isdisjoint(f.unused)]
+    unused = {x: None for f in data.files for x in f.labels if x in f.unused and x not in known}
+    if unused:
+        holders = [str(f.path) for f in data.files if not unused.keys().isdisjoint(f.unused)]
         text = say_left_out(list(unused), holders, data.columns.pert, f" in {path}")
         found.warnings.append(text)

@@ -17,7 +17,6 @@ from state_esm_features.embedding.fasta import Recipe
 from state_esm_features.embedding.features import resolve_labels
 from state_esm_features.embedding.labels import Labels
 from state_esm_features.embedding.report import summary
-from state_esm_features.embedding.tables import Table
 from state_esm_features.embedding.vectors import Resolved, identical, note_identical
 from state_esm_features.files import keep, run_lock, sha256_of, staged
 from state_esm_features.option_groups import FeatureOptions
@@ -56,18 +55,8 @@ def check_same_model(
             f"{run.named} was trained on vectors of {manifest['width']:,} values, these have "
             f"{width or 0:,}; name the table or --esm-model that its features were made with"
         )
-    require_tables_of(run, manifest, resolved.tables)
-    if resolved.checkpoint is not None:
-        recipe = choose_recipe(resolved.checkpoint, options.sequences)
-        require_recipe_of(run, manifest, recipe, options.sequences.esm_model, notes)
-
-
-def require_tables_of(
-    run: TrainedRun, manifest: Mapping[str, Any], tables: Sequence[Table]
-) -> None:
-    """Refuse tables that the features of a run were not made of."""
     of_run = [s for s in manifest["sources"] if s["kind"] == "table"]
-    for table in tables:
+    for table in resolved.tables:
         sha256 = sha256_of(table.path)
         if sha256 not in {t["sha256"] for t in of_run}:
             of = some(f"{t['path']}, sha256 {t['sha256'][:12]}..." for t in of_run) or "no table"
@@ -76,6 +65,9 @@ def require_tables_of(
                 f"{run.named} were made of ({of}): vectors of another model would mean "
                 "nothing to it. Give that file with --esm-embeddings"
             )
+    if resolved.checkpoint is not None:
+        recipe = choose_recipe(resolved.checkpoint, options.sequences)
+        require_recipe_of(run, manifest, recipe, options.sequences.esm_model, notes)
 
 
 def require_recipe_of(
@@ -126,28 +118,18 @@ def resolve_for_run(
     resolved = resolve_labels(labels, options, notes)
     assert resolved is not None  # only a dry run has no source
     check_same_model(resolved, run, manifest, options, notes)
-    vectors = new_vectors(resolved, run, known, manifest)
-    others = {x: v for x, v in known.items() if x not in {run.control, *manifest["missing"]}}
-    note_identical(others | resolved.own(vectors), notes, new)
-    notes.line(summary(resolved, vectors))
-    return resolved, vectors
-
-
-def new_vectors(
-    resolved: Resolved,
-    run: TrainedRun,
-    known: Mapping[str, torch.Tensor],
-    manifest: Mapping[str, Any],
-) -> dict[str, torch.Tensor]:
-    """{new label: vector}; the mean of --missing mean is over the run's genes and the new ones."""
     genes = {
         record["gene"]: known[label].float()
         for label, record in manifest["labels"].items()
         if "gene" in record
     }
-    vectors = genes | resolved.vectors()
-    features = resolved.combined(vectors, manifest["width"])
-    return {label: vector for label, vector in features.items() if label != run.control}
+    # the mean of --missing mean is over the run's genes and the new ones
+    vectors = resolved.combined(genes | resolved.vectors(), manifest["width"])
+    vectors.pop(run.control, None)
+    others = {x: v for x, v in known.items() if x not in {run.control, *manifest["missing"]}}
+    note_identical(others | resolved.own(vectors), notes, new)
+    notes.line(summary(resolved, vectors))
+    return resolved, vectors
 
 
 def add_to_run(
