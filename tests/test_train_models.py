@@ -626,7 +626,7 @@ def size_is_right(run_dir: Path, final: dict[str, Any]) -> bool:
     assert final["hyper_parameters"]["decoder_cfg"] == decoder
     module = torch.load(run_dir / "data_module.torch", weights_only=False)
     assert set_length(stock) == module["cell_sentence_len"]
-    size = try_model(stock, dims).checkpoint
+    _, size = try_model(stock, dims)
     assert stock == compose(run_json(run_dir)["overrides"])  # State writes into its own
     real = (run_dir / "checkpoints" / "final.ckpt").stat().st_size
     assert size is not None

@@ -107,8 +107,10 @@ def find_columns(
 ) -> Columns | None:
     """The columns to use: what is asked for, what the features were made of, or what is found.
 
-    None if one cannot be found.
+    None if one cannot be found, or if there is no file to look in.
     """
+    if not files:
+        return None
     of_features = manifest.get("pert_col")
     if of_features and all(of_features in columns for columns in files.values()):
         asked = {"data.kwargs.pert_col": of_features, **asked}

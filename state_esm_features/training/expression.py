@@ -14,7 +14,6 @@ from state_esm_features.training.stock import input_matrix, matrices_read
 
 if TYPE_CHECKING:
     import h5py
-    import numpy as np
 
 
 SAMPLE = 100_000
@@ -62,29 +61,25 @@ def check_log1p(file: h5py.File, name: str, found: Findings) -> None:
             f"{file.filename}: {name} holds NaN or infinite values; the loss would become NaN"
         )
         return
-    found.warnings += [f"{file.filename}: {name} {doubt}" for doubt in not_log1p(sample)]
-
-
-def not_log1p(sample: np.ndarray) -> list[str]:
-    """What speaks against log1p-normalised expression in some values of it."""
-    import numpy as np
-
     values = sample[sample != 0]
     if not values.size:
-        return []
-    expects = "State expects log1p-normalised values: scanpy.pp.normalize_total, then "
-    expects += "scanpy.pp.log1p"
+        return
     low, high = values.min(), values.max()
     if low < 0:
-        return [f"has negative values (down to {low:.3g}), as scaled data have; {expects}"]
-    if np.array_equal(values, np.round(values)):
-        return [f"looks like raw counts (whole numbers up to {high:g}); {expects}"]
-    if high > LOG1P_MAXIMUM:
-        return [
+        doubt = f"has negative values (down to {low:.3g}), as scaled data have"
+    elif np.array_equal(values, np.round(values)):
+        doubt = f"looks like raw counts (whole numbers up to {high:g})"
+    elif high > LOG1P_MAXIMUM:
+        doubt = (
             f"has values up to {high:.4g}, above the {LOG1P_MAXIMUM} that log1p-normalised ones "
-            f"stay below; {expects}"
-        ]
-    return []
+        )
+        doubt += "stay below"
+    else:
+        return
+    found.warnings.append(
+        f"{file.filename}: {name} {doubt}; State expects log1p-normalised values: "
+        "scanpy.pp.normalize_total, then scanpy.pp.log1p"
+    )
 
 
 def check_names_of_output(

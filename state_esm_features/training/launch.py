@@ -21,14 +21,11 @@ def rank() -> int:
 
 def launch_id() -> str | None:
     """What the processes of one training share: ours, srun's or torchrun's."""
-    names = {
-        LAUNCH: (LAUNCH,),
-        "SLURM_JOB_ID": ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"),
-        "TORCHELASTIC_RUN_ID": (
-            *("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT"),
-        ),
-    }
-    for key, parts in names.items():
-        if os.environ.get(key):
-            return ".".join(os.environ.get(part, "") for part in parts)
+    for names in (
+        (LAUNCH,),
+        ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"),
+        ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT"),
+    ):
+        if os.environ.get(names[0]):
+            return ".".join(os.environ.get(name, "") for name in names)
     return None

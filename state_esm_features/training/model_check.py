@@ -12,7 +12,6 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +26,9 @@ from state_esm_features.training.stock import (
     wants_cell_type_map,
 )
 
-
-@dataclass(frozen=True)
-class Trial:
-    """A model that was to take one training step without data.
-
-    Attributes
-    ----------
-    problem
-        Why it cannot be trained, or None.
-    checkpoint
-        Bytes of a checkpoint, or None where that is unknown.
-    """
-
-    problem: str | None
-    checkpoint: int | None = None
+Trial = tuple[str | None, int | None]
+"""Of a model that was to take one training step without data: why it cannot be trained, or None;
+bytes of a checkpoint, or None where that is unknown."""
 
 
 def lacks_cell_type_map() -> bool:
@@ -171,11 +158,11 @@ def try_model(stock: Mapping[str, Any], dims: Mapping[str, Any]) -> Trial:
     if wants_cell_type_map(stock):
         version = importlib.metadata.version("cell-load")
         asks = "State's training asks the data module for celltype_onehot_map, which cell-load "
-        return Trial(f"{asks}{version} does not have" if lacks_cell_type_map() else None)
+        return (f"{asks}{version} does not have" if lacks_cell_type_map() else None), None
     cells = set_length(stock)
     if cells is None:
         add = f"+model.cell_set_len={stock['model']['kwargs'].get('cell_set_len') or 512}"
-        return Trial(f"State's training does not find how many cells a set has; add {add}")
+        return f"State's training does not find how many cells a set has; add {add}", None
 
     import state.tx.models  # noqa: F401  (what modules make when imported must not be meta)
     import torch
@@ -201,24 +188,25 @@ def build_and_step(stock: Mapping[str, Any], dims: Mapping[str, Any], cells: int
         )
         own = getattr(module, "cell_sentence_len", cells)
         if cells % own:
-            return Trial(
+            return (
                 f"it takes sets of {own} cells, and State's training would give it sets of "
-                f"{cells}; set model.kwargs.cell_set_len, and no other length"
+                f"{cells}; set model.kwargs.cell_set_len, and no other length",
+                None,
             )
         loss = module.training_step(empty_batch(stock, dims, cells), 0)
         if loss is not None:  # the mean baselines have nothing to minimise
             loss.backward()
         elif model["name"].lower() == "decoder_only":
-            return Trial("it learns to decode an embedding into genes, and is given none")
+            return "it learns to decode an embedding into genes, and is given none", None
         stepped = True
     except Exception as error:  # State, transformers and torch raise anything
         text = " ".join(f"{type(error).__name__}: {error}".split())
         if isinstance(error, OSError) or not re.search(r"\bmeta\b|to a .?Trainer", text):
             what = "a training step" if module else "building it"
-            return Trial(f"{what} ends in {text[:300]}")
+            return f"{what} ends in {text[:300]}", None
     if module is None:
-        return Trial(None)
-    return Trial(None, checkpoint_bytes(module, stepped, counts_read(kwargs) is not None))
+        return None, None
+    return None, checkpoint_bytes(module, stepped, counts_read(kwargs) is not None)
 
 
 def other_spaces(
@@ -230,7 +218,7 @@ def other_spaces(
         kwargs = {**stock["data"]["kwargs"], "output_space": space}
         other = {**stock, "data": {**stock["data"], "kwargs": kwargs}}
         known = space == stock["data"]["kwargs"]["output_space"] or matrix_problems(files, kwargs)
-        if not known and try_model(other, dims).problem is None:
+        if not known and try_model(other, dims)[0] is None:
             fitting.append(space)
     return fitting
 
@@ -241,20 +229,20 @@ def check_model(
     """Note why State could not train this model (`name` of its configuration) on these files."""
     dims = data_dims(files, pert_width=0)
     lacking = matrix_problems(files, stock["data"]["kwargs"])
-    trial = try_model(stock, dims)
-    if not lacking and trial.problem is None:
+    untrainable, _ = try_model(stock, dims)
+    if not lacking and untrainable is None:
         return
     spaces = " or ".join(other_spaces(stock, files, dims))
     for problem, mend in lacking:
         choose = f"Choose --output-space {spaces}, or {mend}"
         found.problems.append(f"{problem}. {choose if spaces else mend[0].upper() + mend[1:]}")
-    if trial.problem is not None:
+    if untrainable is not None:
         advice = f". With --output-space {spaces} it can" if spaces else ""
-        if "'GPT2Attention' object has no attribute 'bias'" in trial.problem:
+        if "'GPT2Attention' object has no attribute 'bias'" in untrainable:
             advice = ", as State's GPT2 does not fit the installed transformers. Choose a model on "
             advice += "llama, such as --model state, and no transformer_backbone_key=GPT2"
         elif wants_cell_type_map(stock):
             advice = ". Choose another model, such as --model state"
         elif name == "decoder_only" and not stock["data"]["kwargs"]["embed_key"]:
             advice = ". Give it --embed-key KEY and --output-space all"
-        found.problems.append(f"model {name} cannot be trained like this: {trial.problem}{advice}")
+        found.problems.append(f"model {name} cannot be trained like this: {untrainable}{advice}")

@@ -349,7 +349,7 @@ def make_plan(
         settings.setdefault(option_groups.WORKERS, choose_workers(stock, data))
         fast = choose_loading(options.training, resumed, data, stock, run_dir, found)
         if features:
-            each = try_model(stock, data_dims(data.files, features["width"])).checkpoint
+            _, each = try_model(stock, data_dims(data.files, features["width"]))
             steps = stock["training"]["max_steps"] // interval if interval else 0
             check_disk(each, steps, run_dir, fast.bytes_beside(run_dir) if fast else 0, found)
     found.settle()

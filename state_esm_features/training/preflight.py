@@ -114,6 +114,8 @@ def inspect_data(
 
     Parameters
     ----------
+    stock
+        Of State's configuration the arguments of the data module.
     manifest
         Of the features, whose perturbation column and control hold if nothing is asked for.
     """
@@ -122,14 +124,11 @@ def inspect_data(
     if not by_dataset:
         return None
     columns_there: dict[Path, list[str]] = {}
-    for path in (path for paths in by_dataset.values() for path in paths):
+    pairs = [(dataset, path) for dataset, paths in by_dataset.items() for path in paths]
+    for _, path in pairs:
         with found.collect(), open_h5ad(path) as file:
             columns_there[path] = obs_columns(file)
-    columns = (
-        find_columns(columns_there, by_dataset, asked, found, manifest or {})
-        if columns_there
-        else None
-    )
+    columns = find_columns(columns_there, by_dataset, asked, found, manifest or {})
     if columns is None:
         return None
     if columns.pert == "drugname_drugconc" and columns.control != TAHOE_CONTROL:
@@ -140,15 +139,17 @@ def inspect_data(
         )
     inspected = [
         inspect_file(dataset, path, columns, stock, found)
-        for dataset, paths in by_dataset.items()
-        for path in paths
+        for dataset, path in pairs
         if path in columns_there
     ]
     files = [f for f in inspected if f is not None]
-    splits = split_cells(experiment, files, columns.control)
-    data = Data(experiment, columns, files, splits)
+    data = Data(experiment, columns, files, split_cells(experiment, files, columns.control))
     if files:
-        check_files(data, stock, found)
+        check_genes(files, found)
+        check_controls(files, columns.control, found)
+        check_splits(data, found)
+        if not stock["should_yield_control_cells"]:
+            check_subsets(data, found)
     return data
 
 
@@ -164,15 +165,6 @@ def files_of(
         wrong = [f"{toml_path}: [training], [zeroshot] and [fewshot] name no dataset"]
     found.problems += wrong
     return {} if wrong else files
-
-
-def check_files(data: Data, stock: Mapping[str, Any], found: Findings) -> None:
-    """What is wrong with the files together, `stock` being the arguments of the data module."""
-    check_genes(data.files, found)
-    check_controls(data.files, data.columns.control, found)
-    check_splits(data, found)
-    if not stock["should_yield_control_cells"]:
-        check_subsets(data, found)
 
 
 def choose_workers(stock: Mapping[str, Any], data: Data) -> int:

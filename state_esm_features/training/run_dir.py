@@ -328,18 +328,16 @@ def start(plan: Plan, how: str, notes: Notes) -> dict[str, Any]:
     kept = read_manifest(own) if own.exists() else None  # labels may have been added to it
     new_features = kept is None or trained_sha256(kept) != what["features"]["sha256"]
     record |= described(plan, what)
-    fresh = "data order and random state start anew" if step else None
-    record["starts"] = [
-        *record["starts"],
-        {
-            "from_step": step,
-            "at": files.now(),
-            "folder": str(Path.cwd()),
-            "command": list(plan.options.command),
-            "toml": {"path": str(plan.toml.absolute()), "sha256": files.sha256_of(plan.toml)},
-            **({"note": fresh} if fresh else {}),
-        },
-    ]
+    this_start = {
+        "from_step": step,
+        "at": files.now(),
+        "folder": str(Path.cwd()),
+        "command": list(plan.options.command),
+        "toml": {"path": str(plan.toml.absolute()), "sha256": files.sha256_of(plan.toml)},
+    }
+    if step:
+        this_start["note"] = "data order and random state start anew"
+    record["starts"] = [*record["starts"], this_start]
     # run.json first: a run cut off here can be resumed; the other ranks wait for "training"
     files.write_json(plan.run_dir / "run.json", record | {"status": "preparing"})
     write_inputs(plan, new_features, notes)
