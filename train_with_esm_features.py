@@ -56,7 +56,7 @@ from pathlib import Path
 from typing import Any
 
 try:
-    from state_esm_features import __version__
+    from state_esm_features import __version__, option_groups
 except ModuleNotFoundError:
     sys.exit(
         f"error: {Path(__file__).name} needs the folder state_esm_features of the same repository: "
@@ -73,17 +73,6 @@ from state_esm_features.console import (
 from state_esm_features.embedding.features_file import read_manifest
 from state_esm_features.experiment import features_section, load_experiment, note_section
 from state_esm_features.files import Busy, run_lock, write_json
-from state_esm_features.option_groups import (
-    COLUMNS,
-    FEATURES,
-    LAYOUTS,
-    DataOptions,
-    RunOptions,
-    TrainingOptions,
-    WandbOptions,
-    add_feature_options,
-    misused,
-)
 from state_esm_features.options import add_options, as_words, first_given
 from state_esm_features.training.fast_copies import make_copies
 from state_esm_features.training.loop import follow, refuse_changed_files, train
@@ -103,14 +92,6 @@ from state_esm_features.training.run_dir import (
 from state_esm_features.training.stock import typed_settings
 
 
-def announce_ablation(manifest: Mapping[str, Any] | None, notes: Notes) -> None:
-    """Say before everything else that the features are not real."""
-    ablation = (manifest or {}).get("ablation")
-    if ablation:
-        how = f"{ablation['kind']}, seed {ablation['seed']}"
-        notes.always(f"ABLATION: {how}: not real features")
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The options, which `option_groups` declares; what is not given is not in the namespace."""
     parser = argparse.ArgumentParser(
@@ -123,11 +104,12 @@ def build_parser() -> argparse.ArgumentParser:
         "features, as in create_esm_pert_features.py; [features] in the TOML may hold them.",
         allow_abbrev=False,
     )
-    add_options(parser, DataOptions, "data")
-    add_options(parser, TrainingOptions, "training")
-    add_options(parser, RunOptions, "run")
-    add_feature_options(parser)
-    add_options(parser, WandbOptions, "Weights & Biases (off unless a project is given)")
+    add_options(parser, option_groups.DataOptions, "data")
+    add_options(parser, option_groups.TrainingOptions, "training")
+    add_options(parser, option_groups.RunOptions, "run")
+    option_groups.add_feature_options(parser)
+    wandb = "Weights & Biases (off unless a project is given)"
+    add_options(parser, option_groups.WandbOptions, wandb)
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("overrides", nargs="*", help="Hydra overrides of the stock configuration")
     return parser
@@ -159,7 +141,9 @@ def plan_and_train(
     options = choose_features(options, earlier, run_dir, notes)
     named = options.data.pert_features
     manifest = read_manifest(named) if named and named.is_file() else None
-    announce_ablation(manifest, notes)
+    ablation = (manifest or {}).get("ablation")
+    if ablation:  # said before everything else
+        notes.always(f"ABLATION: {ablation['kind']}, seed {ablation['seed']}: not real features")
     if unrepeatable:
         notes.warn(unrepeatable)
     notes.say()
@@ -226,19 +210,19 @@ def choose_features(
     stand in the TOML.
     """
     config, named = options.data.config, options.data.pert_features
-    section = features_section(config)
-    if options.run.resume and earlier and not (named or FEATURES.keys() & options.given.keys()):
+    section, of_features = features_section(config), option_groups.FEATURES.keys()
+    if options.run.resume and earlier and not (named or of_features & options.given.keys()):
         named = run_dir / OWN_FEATURES
-    elif named and FEATURES.keys() & section.keys():
+    elif named and of_features & section.keys():
         notes.line(f"features  [features] of {config} is not used: --pert-features")
     if named:  # nothing is made, but columns and control may stand there
-        section = {name: section[name] for name in COLUMNS if name in section}
+        section = {name: section[name] for name in option_groups.COLUMNS if name in section}
     note_section(section, config, options.given, notes)
     given = first_given(options.given, section)
     chosen = TrainOptions.of(
         {**given, "pert_features": named}, overrides=options.overrides, command=options.command
     )
-    wrong = misused(chosen.features, given)
+    wrong = option_groups.misused(chosen.features, given)
     if wrong:
         build_parser().error(wrong)
     return chosen
@@ -248,7 +232,7 @@ def parse(argv: Sequence[str]) -> TrainOptions:
     """Command line to options; overrides may stand right behind a bare --fast-loading."""
     words = list(argv)
     for i, word in enumerate(words[:-1]):
-        if word == "--fast-loading" and words[i + 1] not in LAYOUTS:
+        if word == "--fast-loading" and words[i + 1] not in option_groups.LAYOUTS:
             words[i] = "--fast-loading=sorted"
     parser = build_parser()
     typed = vars(parser.parse_intermixed_args(words))
@@ -257,7 +241,7 @@ def parse(argv: Sequence[str]) -> TrainOptions:
         parser.error("--force goes with --resume")
     if "data_cache" in typed and "fast_loading" not in typed and "resume" not in typed:
         parser.error("--data-cache goes with --fast-loading")
-    of_features = as_words(typed, FEATURES)
+    of_features = as_words(typed, option_groups.FEATURES)
     if "pert_features" in typed and of_features:
         parser.error(f"--pert-features does not go with {of_features[0].split('=')[0]}")
     return TrainOptions.of(typed, overrides=overrides, command=list(argv))

@@ -173,7 +173,7 @@ def write_copy(
             if layout == "dense":
                 order = np.arange(len(order))
             rewritten = copy.made_of.get("rewritten", ())
-            copy_obs(source, target, copy.made_of["obs"], rewritten, order)
+            copy_obs(source, target, copy.made_of, order)
             copy_names(source, target, rewritten)
             place = np.argsort(order)
             for name in sorted({"X", "obsm/X_hvg", *copy.made_of["matrices"]}):
@@ -245,22 +245,20 @@ def cell_order(file: h5py.File, columns: Columns) -> np.ndarray:
 
 
 def copy_obs(
-    source: h5py.File,
-    target: h5py.File,
-    names: Sequence[str],
-    rewritten: Collection[str],
-    order: np.ndarray,
+    source: h5py.File, target: h5py.File, made_of: Mapping[str, Any], order: np.ndarray
 ) -> None:
     """Copy obs columns and cell names, cells in `order`; `rewritten` nodes in a plain form."""
     import h5py
 
+    names, rewritten = made_of["obs"], made_of.get("rewritten", ())
     obs = target.create_group("obs")
     for name in [*names, *({"_index"} & set(source["obs"]))]:
         if f"obs/{name}" in rewritten:
             if name == "_index":
                 write_values(obs, name, h5ad.read_values(source["obs"][name])[order])
             else:
-                write_categorical(obs, name, h5ad.open_column(source, name), order)
+                categories, codes = h5ad.open_column(source, name)
+                write_categorical(obs, name, categories, codes[:][order])
             continue
         source.copy(f"obs/{name}", obs)
         values = obs[name]["codes"] if isinstance(obs[name], h5py.Group) else obs[name]
@@ -288,17 +286,13 @@ def write_values(parent: h5py.Group, name: str, values: np.ndarray) -> None:
 
 
 def write_categorical(
-    parent: h5py.Group,
-    name: str,
-    column: tuple[np.ndarray, h5py.Dataset | np.ndarray],
-    order: np.ndarray,
+    parent: h5py.Group, name: str, categories: np.ndarray, codes: np.ndarray
 ) -> None:
-    """Write a column, as `open_column` gives it, as a categorical of text, cells in `order`."""
+    """Write a column as a categorical of text."""
     import numpy as np
 
     group = parent.create_group(name)
-    categories, codes = column
-    group["codes"] = codes[:][order].astype(np.int32)
+    group["codes"] = codes.astype(np.int32)
     write_values(group, "categories", np.array(list(map(str, categories)), dtype=object))
     group.attrs.update({"encoding-type": "categorical", "encoding-version": "0.2.0"})
     group.attrs["ordered"] = False

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from state_esm_features.console import Findings, InputError, count, some
 from state_esm_features.files import as_json, data_file_origin, existing_parent
-from state_esm_features.h5ad import is_sparse, matrix_shape, open_h5ad
+from state_esm_features.h5ad import is_sparse, matrix_shape, open_h5ad, storage_problems
+from state_esm_features.option_groups import TrainingOptions
 from state_esm_features.training.data import Data, DataFile
 from state_esm_features.training.fast_copies import FastCopy, FastLoading
 from state_esm_features.training.stock import matrices_read, set_length
@@ -49,10 +50,28 @@ def check_consecutive(data: Data, stock: Mapping[str, Any], found: Findings) -> 
         )
 
 
-def plan_fast_loading(
-    layout: str, folder: Path, data: Data, stock: Mapping[str, Any], found: Findings
-) -> FastLoading:
-    """Decide which files need a copy, and whether there is room for those that are missing."""
+def choose_loading(
+    options: TrainingOptions,
+    resumed: Mapping[str, Any],
+    data: Data,
+    stock: Mapping[str, Any],
+    run_dir: Path,
+    found: Findings,
+) -> FastLoading | None:
+    """How the files are read, as asked for or as the `resumed` run has it; None as they are.
+
+    Notes the files that cannot be read like this, and if there is no room for copies that are
+    missing.
+    """
+    layout = options.fast_loading or resumed.get("fast_loading")
+    found.problems += storage_problems(
+        {f.path: [n for n in f.unreadable if not (layout and n.mended)] for f in data.files},
+        fast=not layout,
+    )
+    if not layout:
+        return None
+    default = resumed.get("data_cache") or run_dir.parent / "data_cache"
+    folder = Path(options.data_cache or default).absolute()
     if layout == "sorted":
         check_consecutive(data, stock, found)
     kwargs, c = stock["data"]["kwargs"], data.columns

@@ -21,11 +21,10 @@ from state_esm_features.embedding.labels import Labels, add_labels_found
 from state_esm_features.embedding.report import summary
 from state_esm_features.embedding.vectors import note_identical
 from state_esm_features.files import existing_file
-from state_esm_features.h5ad import storage_problems
 from state_esm_features.options import as_words, make
 from state_esm_features.training.data import Data
 from state_esm_features.training.fast_copies import FastLoading
-from state_esm_features.training.fast_loading import describe_loading, plan_fast_loading
+from state_esm_features.training.fast_loading import choose_loading, describe_loading
 from state_esm_features.training.features_check import check_features
 from state_esm_features.training.model_check import check_model, data_dims, try_model
 from state_esm_features.training.preflight import check_disk, choose_workers, inspect_data
@@ -237,12 +236,12 @@ def settings_of(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def choose_settings(
     options: TrainOptions, earlier: Mapping[str, Any] | None
-) -> tuple[dict[str, Any], list[str]]:
-    """What the user wants: (settings, typed overrides); what is not given may stay as it was.
+) -> tuple[dict[str, Any], list[str], dict[str, Any]]:
+    """What the user wants, (settings, typed overrides), and State's configuration with both.
 
-    On resume all of it stays as in the run that is there. Else the number of loader workers only:
-    chosen anew, it would follow the memory that is free now, and the same command would ask for
-    another run. With --overwrite nothing.
+    On resume what is not given stays as in the run that is there. Else the number of loader
+    workers only: chosen anew, it would follow the memory that is free now, and the same command
+    would ask for another run. With --overwrite nothing.
     """
     settings: dict[str, Any] = {"model": "state_sm", "use_wandb": False}
     typed: list[str] = []
@@ -253,53 +252,17 @@ def choose_settings(
     elif earlier and not options.run.overwrite:
         workers = option_groups.WORKERS
         settings[workers] = earlier["identity"]["settings"][workers]
-    return settings | settings_of(options.given), [*typed, *options.overrides]
+    settings |= settings_of(options.given)
+    typed += options.overrides
+    stock = compose(overrides_of(settings, typed))
+    require_trainable(stock)
+    return settings, typed, stock
 
 
 def step_checkpoints(asked: Mapping[str, Any], stock: Mapping[str, Any]) -> int | None:
     """Steps between two step=N.ckpt: State's default, which State ignores, does not count."""
     every = "ckpt_every_n_steps"
     return int(stock["training"][every]) if f"training.{every}" in asked else None
-
-
-def check_data(
-    config: Path,
-    asked: Mapping[str, Any],
-    stock: Mapping[str, Any],
-    found: Findings,
-    manifest: Mapping[str, Any] | None,
-) -> Data | None:
-    """The data, as `inspect_data` has it, and whether the model can be trained on it."""
-    data = None
-    with found.collect():
-        data = inspect_data(config, asked, stock["data"]["kwargs"], found, manifest)
-    if data and data.files:  # before hours go into features
-        check_model(str(asked["model"]), stock, data.files, found)
-    return data
-
-
-def choose_loading(
-    options: option_groups.TrainingOptions,
-    resumed: Mapping[str, Any],
-    data: Data,
-    stock: Mapping[str, Any],
-    run_dir: Path,
-    found: Findings,
-) -> FastLoading | None:
-    """How the files are read, as asked for or as the `resumed` run has it; None as they are.
-
-    Notes the files that cannot be read like this.
-    """
-    layout = options.fast_loading or resumed.get("fast_loading")
-    found.problems += storage_problems(
-        {f.path: [n for n in f.unreadable if not (layout and n.mended)] for f in data.files},
-        fast=not layout,
-    )
-    if not layout:
-        return None
-    default = resumed.get("data_cache") or run_dir.parent / "data_cache"
-    folder = Path(options.data_cache or default).absolute()
-    return plan_fast_loading(layout, folder, data, stock, found)
 
 
 def make_plan(
@@ -327,14 +290,14 @@ def make_plan(
         All problems found, in one.
     """
     found = Findings(notes.noted)
-    settings, typed = choose_settings(options, earlier)
+    settings, typed, stock = choose_settings(options, earlier)
     asked = settings | typed_settings(typed)
-    stock = compose(overrides_of(settings, typed))
-    require_trainable(stock)
     resumed = (earlier or {}) if options.run.resume else {}
-    interval, fast = step_checkpoints(asked, stock), None
-    data = check_data(options.data.config, asked, stock, found, manifest)
-    made = features = None
+    interval = step_checkpoints(asked, stock)
+    made = features = fast = None
+    data = inspect_data(options.data.config, asked, stock["data"]["kwargs"], found, manifest)
+    if data and data.files:  # before hours go into features
+        check_model(str(asked["model"]), stock, data.files, found)
     with found.collect():
         begins_with = stock["model"]["kwargs"].get("init_from")
         if begins_with and not resumed:
