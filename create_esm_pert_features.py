@@ -208,10 +208,10 @@ def extend_run(
     resolved, vectors = resolve_for_run(run, known, labels, options, notes)
     notes.say()
     added = add_to_run(run, vectors, resolved, command, notes)
-    found = check_templates(run, wanted.adata, wanted.pert_col)
-    zeros, filled = filled_in(run, names, known)
-    for text in (*found.problems, *found.warnings, *zeros, *filled):
-        notes.warn(text)
+    of_templates = check_templates(run, wanted.adata, wanted.pert_col)
+    for found in (of_templates, filled_in(run, names, known)):
+        for text in (*found.problems, *found.warnings):
+            notes.warn(text)
     if added:
         notes.line(f"added     {count(len(added), 'label')} to {run.named}: {some(added)}")
     else:

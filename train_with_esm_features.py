@@ -219,9 +219,7 @@ def choose_features(
         section = {name: section[name] for name in option_groups.COLUMNS if name in section}
     note_section(section, config, options.given, notes)
     given = first_given(options.given, section)
-    chosen = TrainOptions.of(
-        {**given, "pert_features": named}, overrides=options.overrides, command=options.command
-    )
+    chosen = TrainOptions.of({**given, "pert_features": named}, options.overrides, options.command)
     wrong = option_groups.misused(chosen.features, given)
     if wrong:
         build_parser().error(wrong)
@@ -244,7 +242,7 @@ def parse(argv: Sequence[str]) -> TrainOptions:
     of_features = as_words(typed, option_groups.FEATURES)
     if "pert_features" in typed and of_features:
         parser.error(f"--pert-features does not go with {of_features[0].split('=')[0]}")
-    return TrainOptions.of(typed, overrides=overrides, command=list(argv))
+    return TrainOptions.of(typed, overrides, list(argv))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

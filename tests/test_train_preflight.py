@@ -19,6 +19,7 @@ import pandas as pd
 import pytest
 import scipy.sparse
 import torch
+from cell_load.config import ExperimentConfig
 from conftest import SMALL, Result
 from h5ad_forms import OLD_PANDAS, SETTING, nullable
 from toml_mistakes import TOML_MISTAKES, write_mistake
@@ -1499,7 +1500,7 @@ def test_a_worker_caches_at_most_ten_thousand_rows() -> None:
     cells = np.array([[10**6]])
     one = DataFile(*("d", Path("x"), ["a"], ["t"], cells, [], 18_080, True, True, {}, frozenset()))
     columns = Columns("p", "b", "t", CONTROL)
-    data = Data(None, columns, [one], {"train": {}, "val": {}, "test": {}})  # type: ignore[arg-type]
+    data = Data(ExperimentConfig({}, {}, {}, {}), columns, [one])
     stock = compose(["model=state_sm", "training.batch_size=1"])
     each = 4 * 18_080 * (10_000 + 4 * 256)
     with pytest.MonkeyPatch.context() as patch:

@@ -238,57 +238,46 @@ def matrices_of(file: h5py.File) -> dict[str, int]:
     return columns
 
 
-def cell_types_read(
-    experiment: ExperimentConfig, files: Sequence[DataFile], control: str
-) -> Iterator[tuple[DataFile, str, dict[str, dict[str, int]]]]:
-    """(file, cell type, {split: {label: perturbed cells}}) of what cell-load reads, by its rule.
-
-    A cell type under [zeroshot] goes whole to its split; one under [fewshot] gives the labels
-    named there to val and test and the rest to train; others train if their dataset does.
-    """
-    for f in files:
-        zeroshot = experiment.get_zeroshot_celltypes(f.dataset)
-        fewshot = experiment.get_fewshot_celltypes(f.dataset)
-        for cell_type, cells in f.by_type.items():
-            if not is_read(experiment, f.dataset, cell_type):
-                continue
-            splits: dict[str, dict[str, int]] = {s: {} for s in SPLITS}
-            held = fewshot.get(cell_type, {})
-            for label, n in cells.items():
-                into = [s for s in ("val", "test") if label in held.get(s, ())] or ["train"]
-                for split in [zeroshot[cell_type]] if cell_type in zeroshot else into:
-                    if label != control:
-                        splits[split][label] = n
-            yield f, cell_type, splits
-
-
-def split_cells(
-    experiment: ExperimentConfig, files: Sequence[DataFile], control: str
-) -> dict[str, Counter[str]]:
-    """{split: {label: perturbed cells}} of all files."""
-    totals = {s: Counter[str]() for s in SPLITS}
-    for _, _, splits in cell_types_read(experiment, files, control):
-        for split, cells in splits.items():
-            totals[split].update(cells)
-    return totals
-
-
-def is_read(experiment: ExperimentConfig, dataset: str, cell_type: str) -> bool:
-    """Whether cell-load reads a cell type: held out somewhere, or of a dataset that trains."""
-    key = f"{dataset}.{cell_type}"
-    held_out = key in experiment.zeroshot or key in experiment.fewshot
-    return held_out or dataset in experiment.training
-
-
 @dataclass(frozen=True)
 class Data:
-    """The data of a run, as far as the preflight reads it; `splits` as of `split_cells`."""
+    """The data of a run, as far as the preflight reads it."""
 
     experiment: ExperimentConfig
     columns: Columns
     files: Sequence[DataFile]
-    splits: Mapping[str, Mapping[str, int]]
+
+    def reads(self, dataset: str, cell_type: str) -> bool:
+        """Whether cell-load reads a cell type: held out somewhere, or of a dataset that trains."""
+        key, experiment = f"{dataset}.{cell_type}", self.experiment
+        held_out = key in experiment.zeroshot or key in experiment.fewshot
+        return held_out or dataset in experiment.training
 
     def cell_types_read(self) -> Iterator[tuple[DataFile, str, dict[str, dict[str, int]]]]:
-        """See the function of this name."""
-        return cell_types_read(self.experiment, self.files, self.columns.control)
+        """(file, cell type, {split: {label: perturbed cells}}) of what it reads, by its rule.
+
+        A cell type under [zeroshot] goes whole to its split; one under [fewshot] gives the labels
+        named there to val and test and the rest to train; others train if their dataset does.
+        """
+        for f in self.files:
+            zeroshot = self.experiment.get_zeroshot_celltypes(f.dataset)
+            fewshot = self.experiment.get_fewshot_celltypes(f.dataset)
+            for cell_type, cells in f.by_type.items():
+                if not self.reads(f.dataset, cell_type):
+                    continue
+                splits: dict[str, dict[str, int]] = {s: {} for s in SPLITS}
+                held = fewshot.get(cell_type, {})
+                for label, n in cells.items():
+                    into = [s for s in ("val", "test") if label in held.get(s, ())] or ["train"]
+                    for split in [zeroshot[cell_type]] if cell_type in zeroshot else into:
+                        if label != self.columns.control:
+                            splits[split][label] = n
+                yield f, cell_type, splits
+
+    @cached_property
+    def splits(self) -> dict[str, Counter[str]]:
+        """{split: {label: perturbed cells}} of all files."""
+        totals = {s: Counter[str]() for s in SPLITS}
+        for _, _, splits in self.cell_types_read():
+            for split, cells in splits.items():
+                totals[split].update(cells)
+        return totals

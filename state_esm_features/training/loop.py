@@ -32,7 +32,6 @@ from state_esm_features.training.launch import launch_id, rank
 from state_esm_features.training.plan import Plan
 from state_esm_features.training.processes import FOLLOW_SECONDS, loaders_end_with_us
 from state_esm_features.training.progress import Training, note_progress
-from state_esm_features.training.run_dir import identity
 from state_esm_features.training.stock import compose
 
 
@@ -225,14 +224,14 @@ def on_exception(state: Training, trainer: Any, module: Any, exception: BaseExce
     announce(f"saved step {state.step:,} in {state.last_checkpoint}; --resume goes on")
 
 
-READ_BEFORE: dict[str, str] = {}
+READ_BEFORE: dict[str, tuple[int, int]] = {}
 """{data file: size and time} of what this process has trained on."""
 
 
 def refuse_changed_files(plan: Plan) -> None:
     """cell-load keeps obs of a file, by path, for the life of the process (a notebook's, say)."""
-    states = identity(plan)
-    now = {path: f"{size}, {states['changed'][path]}" for path, size in states["data"].items()}
+    stats = {str(f.path.absolute()): f.path.stat() for f in plan.data.files}
+    now = {path: (stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()}
     changed = [path for path, state in now.items() if READ_BEFORE.get(path, state) != state]
     if changed:
         raise InputError(

@@ -21,7 +21,7 @@ from state_esm_features.console import Findings, count, some
 from state_esm_features.experiment import experiment_problems, find_data_files, load_experiment
 from state_esm_features.files import available_memory, existing_parent
 from state_esm_features.h5ad import obs_columns, open_h5ad, rewriting
-from state_esm_features.training.data import Data, DataFile, find_columns, inspect_file, split_cells
+from state_esm_features.training.data import Data, DataFile, find_columns, inspect_file
 from state_esm_features.training.splits import check_splits, check_subsets
 from state_esm_features.training.stock import ranks, set_length
 
@@ -42,12 +42,12 @@ def check_genes(files: Sequence[DataFile], found: Findings) -> None:
     """cell-load takes gene names from one file and assumes them, in this order, in all."""
     first, *others = files
     for other in others:
-        if other.genes == first.genes and other.width == first.width:
-            continue
-        if len(other.genes) != len(first.genes) or other.width != first.width:
+        if other.width != first.width:
+            what = f"{other.width:,} columns against {first.width:,}"
+        elif len(other.genes) != len(first.genes):
             what = f"{len(other.genes):,} genes against {len(first.genes):,}"
-            if other.width != first.width:
-                what = f"{other.width:,} columns against {first.width:,}"
+        elif other.genes == first.genes:
+            continue
         else:
             pairs = zip(first.genes, other.genes, strict=True)
             wrong = [f"{a}/{b}" for a, b in pairs if a != b]
@@ -143,7 +143,7 @@ def inspect_data(
         if path in columns_there
     ]
     files = [f for f in inspected if f is not None]
-    data = Data(experiment, columns, files, split_cells(experiment, files, columns.control))
+    data = Data(experiment, columns, files)
     if files:
         check_genes(files, found)
         check_controls(files, columns.control, found)

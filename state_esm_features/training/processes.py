@@ -79,9 +79,7 @@ def repeat_hash_seed(experiment: ExperimentConfig, from_command_line: bool) -> s
     follows Python's hash seed, which is random unless PYTHONHASHSEED is set before the start.
     """
     fixed = os.environ.get("PYTHONHASHSEED", "") not in ("", "random")
-    if fixed or experiment_problems(experiment):
-        return None
-    if len(experiment.get_all_datasets()) < 2:
+    if fixed or experiment_problems(experiment) or len(experiment.get_all_datasets()) < 2:
         return None
     if from_command_line:
         os.environ["PYTHONHASHSEED"] = "0"

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from state_esm_features.console import Findings, count, did_you_mean, some, them
 from state_esm_features.embedding.labels import names_of_no_file
-from state_esm_features.training.data import Data, is_read
+from state_esm_features.training.data import Data
 
 
 def check_splits(data: Data, found: Findings) -> None:
@@ -73,7 +73,7 @@ def cell_types_unread(data: Data) -> list[str]:
         f"{f.dataset}.{cell_type}": sum(cells.values())
         for f in data.files
         for cell_type, cells in f.by_type.items()
-        if not is_read(data.experiment, f.dataset, cell_type)
+        if not data.reads(f.dataset, cell_type)
     }
     if not cells:
         return []

@@ -180,36 +180,34 @@ def check_template(
             f"{len(unknown):,} of {total} not known to {run.named} ({some(unknown)}): state "
             f"tx infer would predict them as control. {remedy}"
         )
-    zeros, filled = filled_in(run, wanted, known)
-    found.problems += zeros
+    filled = filled_in(run, wanted, known)
+    found.problems += filled.problems
     if found.problems:
         raise one_error(found.problems)
     notes.line(f"{total}, none of which would be predicted as control by {run.named}")
-    for text in (*filled, *found.warnings):
+    for text in (*filled.warnings, *found.warnings):
         notes.warn(text)
 
 
-def filled_in(
-    run: TrainedRun, names: Iterable[str], known: Mapping[str, torch.Tensor]
-) -> tuple[list[str], list[str]]:
+def filled_in(run: TrainedRun, names: Iterable[str], known: Mapping[str, torch.Tensor]) -> Findings:
     """What to say of labels that are known by zeros, and by vectors not their own."""
+    found = Findings()
     manifest = read_manifest(run.features) or {}
     there = [x for x in names if x != run.control and x in known]
     zeros = [x for x in there if not known[x].any()]
     means = [x for x in there if x in manifest.get("missing", {}) and x not in zeros]
-    zero_texts, texts = [], []
     if zeros:
-        zero_texts.append(
+        found.problems.append(
             f"{count(len(zeros), 'label')} with a zero vector in {run.named} ({some(zeros)}): "
             "state tx infer predicts them as control, as --missing zero chose. Leave them out, or "
             "train on features that have them"
         )
     if means:
-        texts.append(
+        found.warnings.append(
             f"{count(len(means), 'label')} with the mean of other vectors in {run.named} "
             f"({some(means)}), as --missing mean chose"
         )
     if manifest.get("ablation"):
         kind = manifest["ablation"]["kind"]
-        texts.append(f"{run.named} was trained on an ablation ({kind})")
-    return zero_texts, texts
+        found.warnings.append(f"{run.named} was trained on an ablation ({kind})")
+    return found
