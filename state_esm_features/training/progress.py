@@ -140,7 +140,6 @@ def read_progress(path: Path) -> list[dict[str, str]]:
 
 def draw_training(run_dir: Path) -> Path | None:
     """training.png of progress.csv: losses above, share of time waiting for data below."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
@@ -153,7 +152,6 @@ def draw_training(run_dir: Path) -> Path | None:
         return [x for x, _ in points], [y for _, y in points]
 
     figure = Figure(figsize=(9, 6.5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
     above, below = figure.subplots(2, 1, height_ratios=(3, 1), sharex=True)
     above.plot(*curve("train_loss"), color="tab:blue", linewidth=1, label="training")
     steps, losses = curve("val_loss")
@@ -162,9 +160,8 @@ def draw_training(run_dir: Path) -> Path | None:
     every = [float(r[c]) for r in rows for c in ("train_loss", "val_loss") if r[c]]
     if every and min(every) > 0 and max(every) > 20 * min(every):
         above.set_yscale("log")
-    above.set_ylabel("loss")
     above.legend()
-    above.set_title(run_dir.name)
+    above.set(ylabel="loss", title=run_dir.name)
     below.fill_between(*curve("waiting"), color="tab:grey", alpha=0.6)
     below.set(ylim=(0, 1), xlabel="step", ylabel="time waiting\nfor data")
     below.yaxis.set_major_formatter(PercentFormatter(1))
