@@ -1175,6 +1175,18 @@ def test_train_lists_hold_nothing_out_and_what_is_not_read_is_named(
     )
 
 
+def test_cells_that_are_not_read_are_counted_over_all_files(
+    accepted: Accepted, ready: Path, screen: anndata.AnnData
+) -> None:
+    two_files(ready, screen, screen)
+    text = DATASETS.replace("screen.h5ad", "{a,b}.h5ad")
+    toml(ready, f'{text}[fewshot."sim.simA"]\nval = ["SIM003"]\n')
+    accepted(
+        "1 cell type not read (sim.simB; 312 cells): [zeroshot] and [fewshot] do not name it, nor "
+        '[training] the dataset. To train on it: sim = "train" under [training]'
+    )
+
+
 def test_what_no_one_reads_in_the_toml_is_said_once(accepted: Accepted, ready: Path) -> None:
     toml(ready, f"{TRAIN}{HELD}[model.kwargs]\ncell_set_len = 64\n[cell_eval]\nx = 1\n")
     accepted(

@@ -6,6 +6,7 @@ Which cell goes to which split is decided in `data`.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 
 from state_esm_features.console import Findings, count, did_you_mean, some, them
@@ -69,12 +70,11 @@ def held_out_but_trained(data: Data, held: Collection[str]) -> list[str]:
 
 def cell_types_unread(data: Data) -> list[str]:
     """What to say of cell types that are in no split."""
-    cells = {
-        f"{f.dataset}.{cell_type}": sum(cells.values())
-        for f in data.files
-        for cell_type, cells in f.by_type.items()
-        if not data.reads(f.dataset, cell_type)
-    }
+    cells = Counter[str]()
+    for f in data.files:
+        for cell_type, labels in f.by_type.items():
+            if not data.reads(f.dataset, cell_type):
+                cells[f"{f.dataset}.{cell_type}"] += sum(labels.values())
     if not cells:
         return []
     datasets = dict.fromkeys(key.partition(".")[0] for key in cells)
