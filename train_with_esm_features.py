@@ -56,20 +56,12 @@ from pathlib import Path
 from typing import Any
 
 try:
-    from state_esm_features import __version__, option_groups
+    from state_esm_features import __version__, console, option_groups
 except ModuleNotFoundError:
     sys.exit(
         f"error: {Path(__file__).name} needs the folder state_esm_features of the same repository: "
         "keep it beside the script, or pip install the repository"
     )
-from state_esm_features.console import (
-    STOP_SIGNALS,
-    InputError,
-    Notes,
-    Stopped,
-    exit_code,
-    start_log,
-)
 from state_esm_features.embedding.features_file import read_manifest
 from state_esm_features.experiment import features_section, load_experiment, note_section
 from state_esm_features.files import Busy, run_lock, write_json
@@ -115,7 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(options: TrainOptions, from_command_line: bool, notes: Notes) -> int:
+def run(options: TrainOptions, from_command_line: bool, notes: console.Notes) -> int:
     """From the TOML to a trained model."""
     experiment = load_experiment(options.data.config)
     unrepeatable = repeat_hash_seed(experiment, from_command_line)
@@ -129,7 +121,7 @@ def plan_and_train(
     unrepeatable: str | None,
     from_command_line: bool,
     place: Path,
-    notes: Notes,
+    notes: console.Notes,
 ) -> int:
     """In the order of the work; features that have to be made lie in `place` until it begins."""
     run_dir = run_dir_of(options)
@@ -174,7 +166,7 @@ def run_dir_of(options: TrainOptions) -> Path:
     return options.run.output_dir.absolute() / name
 
 
-def train_in(plan: Plan, how: str, notes: Notes) -> None:
+def train_in(plan: Plan, how: str, notes: console.Notes) -> None:
     """Copy the data if asked to, prepare the run directory, train, and keep the record."""
     refuse_hpc_checkpoint(plan.run_dir, how)
     notes.say()
@@ -189,12 +181,12 @@ def train_in(plan: Plan, how: str, notes: Notes) -> None:
     try:
         train(state, record)
     except BaseException as error:
-        record["status"] = "stopped" if isinstance(error, Stopped) else "failed"
-        with contextlib.suppress(InputError):  # of a full disk: the first error is the one to see
+        record["status"] = "stopped" if isinstance(error, console.Stopped) else "failed"
+        # of a full disk: the first error is the one to see
+        with contextlib.suppress(console.InputError):
             if plan.earlier and how == "resume" and not state.started:
-                write_json(
-                    plan.run_dir / "run.json", plan.earlier
-                )  # it is still the run that it was
+                # it is still the run that it was
+                write_json(plan.run_dir / "run.json", plan.earlier)
             else:
                 close_record(plan.run_dir, record, state)
         raise
@@ -202,7 +194,7 @@ def train_in(plan: Plan, how: str, notes: Notes) -> None:
 
 
 def choose_features(
-    options: TrainOptions, earlier: Mapping[str, Any] | None, run_dir: Path, notes: Notes
+    options: TrainOptions, earlier: Mapping[str, Any] | None, run_dir: Path, notes: console.Notes
 ) -> TrainOptions:
     """The options, once it is known whether features are named, kept, or to be made.
 
@@ -250,9 +242,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(sys.argv[1:] if argv is None else argv)
     # huge pages for the arrays of a batch, if torch is not loaded yet: a fifth less time a batch
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    start_log(quiet=False)
-    notes = Notes()
-    return exit_code(lambda: run(options, argv is None, notes), STOP_SIGNALS, notes)
+    console.start_log(quiet=False)
+    notes = console.Notes()
+    return console.exit_code(lambda: run(options, argv is None, notes), console.STOP_SIGNALS, notes)
 
 
 if __name__ == "__main__":
