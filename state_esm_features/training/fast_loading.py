@@ -29,12 +29,11 @@ FAST_FORMAT = 1
 def check_consecutive(data: Data, stock: Mapping[str, Any], found: Findings) -> None:
     """What stock's consecutive loading breaks on."""
     instead = "--fast-loading dense has no such need"
-    if stock["data"]["kwargs"]["basal_mapping_strategy"] != "random":
+    strategy = stock["data"]["kwargs"]["basal_mapping_strategy"]
+    if strategy != "random":
         found.problems.append(
-            "--fast-loading sorted groups cells by cell type and perturbation, but "
-            "data.kwargs.basal_mapping_strategy="
-            f"{stock['data']['kwargs']['basal_mapping_strategy']} wants them grouped by batch; "
-            f"{instead}"
+            "--fast-loading sorted groups cells by cell type and perturbation, but data.kwargs."
+            f"basal_mapping_strategy={strategy} wants them grouped by batch; {instead}"
         )
     length = set_length(stock) or 1  # without one it is refused anyway
     short = []

@@ -211,13 +211,10 @@ class Plan:
 
 def settings_of(given: Mapping[str, Any]) -> dict[str, Any]:
     """{setting of State: value} of the options that are given."""
+    groups = (option_groups.DataOptions, option_groups.TrainingOptions, option_groups.WandbOptions)
     settings = {
         key: given[f.name]
-        for group in (
-            option_groups.DataOptions,
-            option_groups.TrainingOptions,
-            option_groups.WandbOptions,
-        )
+        for group in groups
         for f in fields(group)
         if f.name in given
         for key in f.metadata["stock"]
