@@ -33,10 +33,11 @@ check: $(VENV)/installed
 	$(BIN)/mypy
 
 # labels, symbols, checks, copies, trainings and documents on what pip gives without constraints.txt
-TODAY := create_labels create_symbols train_preflight train_fast docs
+TODAY := test_create_labels test_create_symbols test_experiment test_train_preflight test_train_fast \
+	test_docs
 test-today:
 	$(MAKE) .venv-today/installed VENV=.venv-today CONSTRAINTS=
-	.venv-today/bin/python -m pytest $(AT_ONCE) -m "not slow" $(TODAY:%=tests/test_%.py)
+	.venv-today/bin/python -m pytest $(AT_ONCE) -m "not slow" $(TODAY:%=tests/%.py) tests/embedding tests/training
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 found; name one: make PYTHON=/path/to/python3.11"; exit 1; }

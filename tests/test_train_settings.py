@@ -12,18 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import toml
 from conftest import NO_HASH_SEED, ROOT, Result, run_script
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 
 import train_with_esm_features as script
-from state_esm_features.console import InputError, Notes
-from state_esm_features.experiment import absolute_paths, dataset_files, load_experiment, toml_text
+from state_esm_features.console import Notes
 from state_esm_features.training import plan as plan_module
 from state_esm_features.training.plan import make_plan
-from state_esm_features.training.run_dir import RUN_FORMAT, differences, earlier_run
-from state_esm_features.training.stock import compose, flat, overrides_of, typed_settings
+from state_esm_features.training.stock import compose, flat
 
 Train = Callable[..., Result]
 CONTROL = "non-targeting"
@@ -93,57 +88,6 @@ def two_datasets(folder: Path) -> None:
 
 
 # --- text that survives Hydra's grammar ---------------------------------------------------------
-
-AWKWARD = st.text() | st.text(alphabet="a1.e-_ '\"\\{}[]()$,:=+@#~%*?/\n\tné日", max_size=12)
-
-
-EXAMPLES = ["", "null", "NULL", "true", "nan", "-inf", "123", "1e5", ".5", ".1e3", "0x1F", "1_000"]
-EXAMPLES += [
-    "it's",
-    '5" {a, b}',
-    "ends in \\",
-    "\\'",
-    "\\\\'\\",
-    "[a,b]",
-    " spaces ",
-    "Médian",
-    "aé",
-]
-EXAMPLES += ["${oc.env:HOME}", "\\${x}", "$${x}\\", "${", "A+B|C", "a=b", "#", "~", "a\nb"]
-
-
-def test_awkward_text_comes_out_of_the_stock_configuration_as_it_went_in() -> None:
-    wanted = {f"k{i}": text for i, text in enumerate(EXAMPLES)}
-    overrides = overrides_of({f"+new.{k}": text for k, text in wanted.items()})
-    assert compose(overrides)["new"] == wanted
-
-
-@settings(max_examples=300)
-@given(AWKWARD)
-def test_any_text_survives_the_grammar_of_hydra_and_omegaconf(text: str) -> None:
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from omegaconf import OmegaConf
-
-    (override,) = overrides_of({"data.kwargs.control_pert": text})
-    value = OverridesParser.create().parse_override(override).value()
-    resolved = OmegaConf.to_container(OmegaConf.create({"k": value}), resolve=True)
-    assert resolved == {"k": text}
-    assert typed_settings([override]).keys() == {"data.kwargs.control_pert"}
-
-
-@settings(max_examples=15)
-@given(st.lists(AWKWARD, max_size=12))
-@example(EXAMPLES)
-@example([])
-def test_lists_of_text_come_out_as_they_went_in(texts: list[str]) -> None:
-    assert compose(overrides_of({"wandb.tags": texts}))["wandb"]["tags"] == texts
-
-
-@pytest.mark.parametrize("value", [None, True, False, 0, -3, 10**12, 0.0001, [1, 2], [None, "a b"]])
-def test_values_that_are_not_text_keep_their_type(value: object) -> None:
-    composed = compose(overrides_of({"wandb.tags": value}))["wandb"]["tags"]
-    assert composed == value
-    assert type(composed) is type(value)
 
 
 @pytest.mark.parametrize("control", ["it's {a}, \"b\\", "NULL ctrl: é [1]", "null", "1e5"])
@@ -388,22 +332,6 @@ def test_required_files_are_required(
 # --- the same configuration as stock ------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        [],
-        ["model=state_sm", "training.lr=0.5", "~wandb.tags"],
-        ["model=state_lg", "+data.kwargs.new={a:[1,2]}", "data.kwargs.control_pert='a b'"],
-    ],
-)
-def test_configuration_is_the_one_that_stock_composes(overrides: list[str]) -> None:
-    from omegaconf import OmegaConf
-    from state.__main__ import load_hydra_config
-
-    theirs = OmegaConf.to_container(load_hydra_config("tx", overrides), resolve=True)
-    assert compose(overrides) == theirs
-
-
 def test_printed_command_gives_the_configuration_of_the_plan(ready: Path) -> None:
     from omegaconf import OmegaConf
     from state.__main__ import load_hydra_config
@@ -531,34 +459,6 @@ def test_preflight_imports_no_model_before_the_data_can_be_read(ready: Path) -> 
 
 
 # --- the run that is there already --------------------------------------------------------------
-
-
-def test_differences_are_named_with_before_and_now() -> None:
-    before = {"settings": {"a.b": 1, "gone": 2, "same": 3}, "features": {"sha256": "0" * 64}}
-    now = {"settings": {"a.b": 5, "same": 3, "new": None}, "features": {"sha256": "1" * 64}}
-    assert differences(before, now) == {
-        "a.b": "1 -> 5",
-        "gone": "2 -> none",
-        "features sha256": "000000000000... -> 111111111111...",
-    }
-    assert differences(before, before) == {}
-
-
-def test_a_run_is_there_only_with_its_record(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    assert earlier_run(run) is None
-    run.mkdir()
-    assert earlier_run(run) is None
-    (run / "other.txt").write_text("x")
-    (run / "run.json").write_text(json.dumps({"format": RUN_FORMAT, "steps": 3}))
-    assert earlier_run(run) == {"format": RUN_FORMAT, "steps": 3}
-    for content in ("{", "[]", json.dumps({"format": 0})):
-        (run / "run.json").write_text(content)
-        with pytest.raises(InputError) as error:
-            earlier_run(run)
-        assert str(error.value) == (
-            f"{run} exists and is no run of this script; choose another --name, or move it away"
-        )
 
 
 def test_file_in_the_place_of_the_run_is_refused(train: Train, ready: Path) -> None:
@@ -691,34 +591,3 @@ def test_the_features_file_is_hashed_once(
     assert recorded(ready)["identity"]["features"] == {
         "sha256": hashlib.sha256(content).hexdigest()
     }
-
-
-def test_toml_of_a_run_names_the_same_files_from_any_folder(
-    ready: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("d/a.h5ad", "d/b.h5ad", "e/a b.h5"):
-        (ready / name).parent.mkdir(exist_ok=True)
-        (ready / name).touch()
-    (ready / "config.toml").write_text(
-        '[datasets]\none = "screen.h5ad"\nall = "d"\nbraces = "d/{a,b}.h5ad"\nglob = "e/*.h5"\n'
-        f'absolute = "{ready}/d/a.h5ad"\n[training]\none = "train"\n'
-        '[zeroshot]\n"one.K562 (x)" = "val"\n[fewshot."one.é"]\ntest = ["A+B", "it\'s \\"c\\""]\n'
-    )
-    experiment = load_experiment(Path("config.toml"))
-    expected = {
-        name: [p.absolute() for p in dataset_files(path)]
-        for name, path in experiment.datasets.items()
-    }
-    assert [len(files) for files in expected.values()] == [1, 2, 2, 1, 1]
-    (ready / "copy.toml").write_text(toml_text(experiment, absolute_paths(experiment, Notes())))
-    (ready / "far").mkdir()
-    monkeypatch.chdir(ready / "far")
-    copy = load_experiment(ready / "copy.toml")
-    assert (copy.training, copy.zeroshot, copy.fewshot) == (
-        experiment.training,
-        experiment.zeroshot,
-        experiment.fewshot,
-    )
-    found = {n: dataset_files(p) for n, p in copy.datasets.items()}
-    assert found == expected
-    assert toml.loads((ready / "copy.toml").read_text())["datasets"] == copy.datasets
