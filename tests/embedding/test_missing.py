@@ -12,7 +12,8 @@ from state_esm_features.embedding.labels import Labels
 from state_esm_features.embedding.missing import check_missing
 from state_esm_features.embedding.resolve import Resolver
 from state_esm_features.embedding.tables import Table
-from state_esm_features.option_groups import SymbolOptions
+from state_esm_features.embedding.vectors import Resolved
+from state_esm_features.option_groups import FeatureOptions, PolicyOptions, SymbolOptions
 
 CONTROL = "non-targeting"
 KEYS = ("STAT1", "TP53", "KLF1", "HLA-A", "TAFAZZIN", "WWTR1")
@@ -38,10 +39,11 @@ def said(
         labels.columns["d.h5ad"], labels.in_no_cell["d.h5ad"] = column, ()
     table = Table(Path("t.pt"), dict.fromkeys(KEYS, torch.ones(1)), 1)
     notes = Notes()
-    resolver = Resolver([table], {}, CONTROL, SymbolOptions(), notes)
+    resolver = Resolver([table], CONTROL, SymbolOptions(), notes)
     resolutions = [resolver.label(name) for name in labels.names]
+    options = FeatureOptions(policy=PolicyOptions(missing=policy))
     try:
-        check_missing(resolutions, labels, resolver, policy, can_report)
+        check_missing(Resolved(labels, options, resolver, resolutions, []), can_report)
     except InputError as error:
         assert policy == "error"
         return str(error)

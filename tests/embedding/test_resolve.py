@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import random
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,11 @@ CONTROL = "non-targeting"
 KEYS = ("STAT1", "TP53", "HLA-A", "Irf1", "A+B", "ENSG00000121410", "MARCHF8", "SEPTIN1")
 
 
-def resolver(
-    *tables: tuple[str, ...], aliases: Mapping[str, str] | None = None, **options: Any
-) -> Resolver:
+def resolver(*tables: tuple[str, ...], **options: Any) -> Resolver:
     """One whose sources are tables with these keys."""
     vector = torch.ones(1)
     sources = [Table(Path("t.pt"), dict.fromkeys(keys, vector), 1) for keys in tables or (KEYS,)]
-    return Resolver(sources, aliases or {}, CONTROL, SymbolOptions(**options), Notes())
+    return Resolver(sources, CONTROL, SymbolOptions(**options), Notes())
 
 
 @pytest.mark.parametrize(
@@ -53,7 +51,7 @@ def resolver(
     ],
 )
 def test_the_parts_of_a_label(label: str, parts: list[tuple[str | None, str]]) -> None:
-    found = resolver(aliases={"old": "TP53"}).label(label)
+    found = resolver(alias=(("old", "TP53"),)).label(label)
     assert [(p.gene, p.how) for p in found.parts] == parts
     assert found.reason is None
 
@@ -97,7 +95,7 @@ def test_two_keys_of_other_case_are_no_answer() -> None:
 
 
 def test_a_regular_expression_reads_what_is_found_in_no_other_way() -> None:
-    reads = resolver(label_regex=re.compile(r"(?P<gene>.+)_g\d"), aliases={"p53": "TP53"})
+    reads = resolver(label_regex=re.compile(r"(?P<gene>.+)_g\d"), alias=(("p53", "TP53"),))
     assert (reads.gene("STAT1_g2").gene, reads.gene("p53_g1").gene) == ("STAT1", "TP53")
     assert reads.gene("STAT1_g2").via == "'STAT1' (read by --label-regex from 'STAT1_g2')"
     assert reads.gene("HLA-A").via is None
