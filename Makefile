@@ -1,4 +1,4 @@
-# make demo | evaluate | test | test-slow | test-today | check. All lives in .venv (test-today: in
+# make demo | docs | evaluate | test | test-slow | test-today | check. All lives in .venv (test-today: in
 # .venv-today); needs Python 3.11 or 3.12 only.
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null \
@@ -9,13 +9,16 @@ CONSTRAINTS := -c constraints.txt
 # two tests at once; a process that has none left takes half of those of the other
 AT_ONCE := -n 2 --dist worksteal
 
-.PHONY: demo demo-data evaluate test test-slow test-today check clean
+.PHONY: demo demo-data docs evaluate test test-slow test-today check clean
 
 demo: $(VENV)/installed
 	$(BIN)/python tests/run_demo.py
 
 demo-data: $(VENV)/installed
 	$(BIN)/python tests/demo_data.py demo
+
+docs: $(VENV)/installed
+	$(BIN)/python tests/options_page.py
 
 evaluate: $(VENV)/installed
 	$(BIN)/python tests/benchmarks/evaluate.py
