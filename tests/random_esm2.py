@@ -11,6 +11,23 @@ import esm
 import torch
 
 
+def random_model(
+    layers: int, width: int, heads: int, seed: int = 0, *, token_dropout: bool = True
+) -> esm.model.esm2.ESM2:
+    """fair-esm's model with random weights, on torch's default device.
+
+    Layer norms and biases are random too, as in real weights (fair-esm starts them at 1 and 0).
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = esm.model.esm2.ESM2(layers, width, heads, token_dropout=token_dropout).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 1:
+                    parameter.add_(torch.randn_like(parameter) / 10)
+    return model
+
+
 def write_checkpoint(
     path: Path,
     layers: int = 2,
@@ -24,16 +41,9 @@ def write_checkpoint(
 ) -> esm.model.esm2.ESM2:
     """Write random weights as fair-esm publishes them; fair-esm's model of the same weights.
 
-    Layer norms and biases are random too, as in real weights (fair-esm starts them at 1 and 0).
     `spoil` may change what is written.
     """
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = esm.model.esm2.ESM2(layers, width, heads, token_dropout=token_dropout).eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.dim() == 1:
-                    parameter.add_(torch.randn_like(parameter) / 10)
+    model = random_model(layers, width, heads, seed, token_dropout=token_dropout)
     if dtype != torch.float32:
         model = model.to(dtype).float()
     weights = {

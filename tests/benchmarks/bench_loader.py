@@ -27,6 +27,7 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,64 +39,88 @@ from state_esm_features.training.run_dir import toml_of_run
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-CELLS, GENES, VALUES, PERTURBATIONS, FILES = 3_334, 18_080, 3_000, 20, 6
+FILES = 6
 WORKERS = min(8, len(os.sched_getaffinity(0)))
 NOTEBOOK = {"batch_size": 16, "cell_sentence_len": 128, "num_workers": WORKERS}
 
 
-def write_screen(path: Path, number: int, compression: str | None) -> None:
-    """One file: CSR X in random order of cells, 128 cells a perturbation, the rest controls."""
+@dataclass(frozen=True)
+class Size:
+    """Of a simulated file: `each` cells a perturbation, the rest controls; `values` a cell."""
+
+    cells: int = 3_334
+    genes: int = 18_080
+    values: int = 3_000
+    perturbations: int = 20
+    each: int = 128
+
+    @property
+    def symbols(self) -> list[str]:
+        return [f"SIM{i:03d}" for i in range(self.perturbations)]
+
+
+def write_screen(path: Path, number: int, compression: str | None, size: Size = Size()) -> None:
+    """One file: CSR X in random order of cells."""
     import h5py
     import numpy as np
 
-    rng = np.random.default_rng(number)
-    labels = np.repeat(np.arange(PERTURBATIONS), 128)
-    labels = np.append(labels, np.full(CELLS - len(labels), PERTURBATIONS))
+    rng, cells = np.random.default_rng(number), size.cells
+    labels = np.repeat(np.arange(size.perturbations), size.each)
+    labels = np.append(labels, np.full(cells - len(labels), size.perturbations))
     rng.shuffle(labels)
-    genes = [np.sort(rng.choice(GENES, VALUES, replace=False)) for _ in range(CELLS)]
-    values = np.log1p(rng.poisson(2.0, CELLS * VALUES) + 1.0) * rng.choice([0.9, 1.1], 1)
+    genes = [np.sort(rng.choice(size.genes, size.values, replace=False)) for _ in range(cells)]
+    values = np.log1p(rng.poisson(2.0, cells * size.values) + 1.0) * rng.choice([0.9, 1.1], 1)
     text = h5py.string_dtype()
     columns: dict[str, tuple[Any, list[str]]] = {
-        "target_gene": (labels, [*(f"SIM{i:03d}" for i in range(PERTURBATIONS)), "non-targeting"]),
-        "cell_type": (np.zeros(CELLS), [f"sim{number}"]),
-        "batch_var": (rng.integers(0, 3, CELLS), ["a", "b", "c"]),
+        "target_gene": (labels, [*size.symbols, "non-targeting"]),
+        "cell_type": (np.zeros(cells), [f"sim{number}"]),
+        "batch_var": (rng.integers(0, 3, cells), ["a", "b", "c"]),
     }
     with h5py.File(path, "w") as file:
         x = file.create_group("X")
         x.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0"})
-        x.attrs["shape"] = np.array([CELLS, GENES])
+        x.attrs["shape"] = np.array([cells, size.genes])
         for name, array in (
             ("data", values.astype(np.float32)),
             ("indices", np.concatenate(genes).astype(np.int32)),
-            ("indptr", np.arange(CELLS + 1) * VALUES),
+            ("indptr", np.arange(cells + 1) * size.values),
         ):
             x.create_dataset(name, data=array, compression=compression)
         obs = file.create_group("obs")
-        obs.create_dataset("_index", data=[f"{number}_{i}" for i in range(CELLS)], dtype=text)
+        obs.create_dataset("_index", data=[f"{number}_{i}" for i in range(cells)], dtype=text)
         for name, (codes, categories) in columns.items():
             obs.create_group(name)["codes"] = codes.astype(np.int8)
             obs[name].create_dataset("categories", data=categories, dtype=text)
         var = file.create_group("var")
-        var.create_dataset("_index", data=[f"GENE{i}" for i in range(GENES)], dtype=text)
+        var.create_dataset("_index", data=[f"GENE{i}" for i in range(size.genes)], dtype=text)
         file.create_group("uns/log1p")
+
+
+def write_toml(folder: Path, name: str) -> None:
+    """NAME.toml of the six files in NAME/."""
+    stems = ",".join(f"file{i}" for i in range(FILES))
+    (folder / f"{name}.toml").write_text(
+        f'[datasets]\nsim = "{folder}/{name}/{{{stems}}}.h5"\n[training]\nsim = "train"\n'
+        f'[fewshot."sim.sim0"]\nval = ["SIM000"]\n'
+    )
+
+
+def write_features(folder: Path, size: Size = Size()) -> None:
+    """features.pt of the labels, random."""
+    import torch
+
+    features = {label: torch.randn(5_120) for label in size.symbols}
+    torch.save({**features, "non-targeting": torch.zeros(5_120)}, folder / "features.pt")
 
 
 def write_inputs(folder: Path) -> None:
     """raw.toml, gzip.toml with six files each, and features.pt."""
-    import torch
-
     for name, compression in (("raw", None), ("gzip", "gzip")):
         (folder / name).mkdir()
         for i in range(FILES):
             write_screen(folder / name / f"file{i}.h5", i, compression)
-        stems = ",".join(f"file{i}" for i in range(FILES))
-        (folder / f"{name}.toml").write_text(
-            f'[datasets]\nsim = "{folder}/{name}/{{{stems}}}.h5"\n[training]\nsim = "train"\n'
-            f'[fewshot."sim.sim0"]\nval = ["SIM000"]\n'
-        )
-    labels = [*(f"SIM{i:03d}" for i in range(PERTURBATIONS))]
-    features = {label: torch.randn(5_120) for label in labels}
-    torch.save({**features, "non-targeting": torch.zeros(5_120)}, folder / "features.pt")
+        write_toml(folder, name)
+    write_features(folder)
 
 
 def write_copies(folder: Path, name: str, layout: str) -> float:
