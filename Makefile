@@ -1,5 +1,5 @@
-# make demo | docs | evaluate | test | test-slow | test-today | check. All lives in .venv (test-today: in
-# .venv-today); needs Python 3.11 or 3.12 only.
+# make demo | docs | evaluate | test | test-slow | test-today | check, and on a GPU test-gpu |
+# bench-gpu. All lives in .venv (test-today: in .venv-today); needs Python 3.11 or 3.12 only.
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null \
 	&& echo $$p && break; done)
@@ -9,7 +9,7 @@ CONSTRAINTS := -c constraints.txt
 # two tests at once; a process that has none left takes half of those of the other
 AT_ONCE := -n 2 --dist worksteal
 
-.PHONY: demo demo-data docs evaluate test test-slow test-today check clean
+.PHONY: demo demo-data docs evaluate test test-slow test-today test-gpu bench-gpu check clean
 
 demo: $(VENV)/installed
 	$(BIN)/python tests/run_demo.py
@@ -25,10 +25,18 @@ evaluate: $(VENV)/installed
 	$(if $(NORMAN),$(BIN)/python tests/benchmarks/evaluate.py --norman $(NORMAN))
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest $(AT_ONCE) -m "not slow"
+	$(BIN)/python -m pytest $(AT_ONCE) -m "not slow and not gpu"
 
 test-slow: $(VENV)/installed
-	$(BIN)/python -m pytest $(AT_ONCE)
+	$(BIN)/python -m pytest $(AT_ONCE) -m "not gpu"
+
+# what only a machine with a CUDA device can tell; DEVICE=cpu: every line, tiny, in two minutes
+DEVICE ?= cuda
+test-gpu: $(VENV)/installed
+	TEST_DEVICE=$(DEVICE) $(BIN)/python -m pytest tests/test_gpu.py
+
+bench-gpu: $(VENV)/installed
+	$(BIN)/python tests/benchmarks/bench_gpu.py --device $(DEVICE) --output bench_gpu.json
 
 check: $(VENV)/installed
 	$(BIN)/ruff format --check .
