@@ -88,7 +88,13 @@ def one_error(problems: Sequence[str]) -> InputError:
     """Fold every problem found into one error, so that they are mended in one go."""
     if len(problems) == 1:
         return InputError(problems[0])
-    return InputError("\n  - ".join([f"{len(problems)} problems:", *problems]))
+    listed = [problem.replace("\n", "\n  ") for problem in problems]  # with lists of their own
+    return InputError("\n  - ".join([f"{len(problems)} problems:", *listed]))
+
+
+def with_remedies(problem: str, remedies: Sequence[str]) -> str:
+    """A problem and what helps: one remedy behind it, of several each on a line of its own."""
+    return (". " if len(remedies) == 1 else "\n  - ").join([problem, *remedies])
 
 
 def warn(message: str) -> None:

@@ -26,7 +26,7 @@ Create = Callable[..., Result]
 TODAY = ("TAFAZZIN", "WWTR1", "AARS1", "MARCHF8", "MAP3K21", "LRMDA", "STAT1", "EPRS1", "QARS1")
 RUN = ("--gene-list", "g.txt", "--esm-embeddings", "table.pt", "--output", "o.pt")
 ADVICE = (
-    " Add a table that has them with --esm-embeddings, or their proteins with --fasta, rename "
+    "Add a table that has them with --esm-embeddings, or their proteins with --fasta, rename "
     "with --alias OLD=NEW, see all with --report FILE.tsv --dry-run, or accept with "
     "--missing mean\n"
 )
@@ -151,15 +151,15 @@ def test_an_ambiguous_symbol_is_missing_with_its_candidates(
     assert lookup(TODAY, ("TAZ", "STAT1"), "--quiet") == Result(
         1,
         "",
-        f"error: 1 of 2 labels has no embedding (TAZ): {TAZ}. Choose: --alias TAZ=TAFAZZIN or "
-        f"--alias TAZ=WWTR1.{ADVICE}",
+        f"error: 1 of 2 labels has no embedding (TAZ): {TAZ}\n  - Choose: --alias "
+        f"TAZ=TAFAZZIN or --alias TAZ=WWTR1\n  - {ADVICE}",
     )
     assert lookup(TODAY, ("TAZ", "NONESUCH", "QARS"), "--quiet") == Result(
         1,
         "",
-        "error: 3 of 3 labels have no embedding (TAZ, NONESUCH, QARS): 2 ambiguous, 1 not found. "
-        f"{TAZ}, {QARS}. Choose: --alias TAZ=TAFAZZIN or --alias TAZ=WWTR1; "
-        f"--alias QARS=EPRS1 or --alias QARS=QARS1.{ADVICE}",
+        "error: 3 of 3 labels have no embedding (TAZ, NONESUCH, QARS): 2 ambiguous, 1 not found\n"
+        f"  - {TAZ}, {QARS}. Choose: --alias TAZ=TAFAZZIN or --alias TAZ=WWTR1; "
+        f"--alias QARS=EPRS1 or --alias QARS=QARS1\n  - {ADVICE}",
     )
     assert lookup(TODAY, ("TAZ",), "--alias", "TAZ=TAFAZZIN", "--quiet").code == 0
 
@@ -168,8 +168,8 @@ def test_a_candidate_that_the_table_lacks_keeps_a_symbol_ambiguous(lookup: Any) 
     done = lookup(("TAFAZZIN", "STAT1"), ("TAZ",), "--quiet")
     assert done.code == 1
     assert (
-        "TAFAZZIN (previous symbol) or WWTR1 (alias symbol, not here). Choose: "
-        "--alias TAZ=TAFAZZIN. Add"
+        "TAFAZZIN (previous symbol) or WWTR1 (alias symbol, not here)\n  - Choose: "
+        "--alias TAZ=TAFAZZIN\n  - Add"
     ) in done.err
 
 
@@ -178,15 +178,16 @@ def test_two_keys_of_one_gene_are_ambiguous_too(lookup: Callable[..., Result]) -
     done = lookup(("EPRS", "QPRS"), ("EPRS1",), "--quiet")
     assert done.code == 1
     assert (
-        "(EPRS1): 'EPRS1' is EPRS1, and so are EPRS and QPRS here. Choose: --alias EPRS1=EPRS or "
-        "--alias EPRS1=QPRS. Add"
+        "(EPRS1): 'EPRS1' is EPRS1, and so are EPRS and QPRS here\n  - Choose: --alias "
+        "EPRS1=EPRS or --alias EPRS1=QPRS\n  - Add"
     ) in done.err
 
 
 def test_keys_that_differ_in_case_only_are_ambiguous(lookup: Callable[..., Result]) -> None:
     done = lookup(("Stat1", "STAT1"), ("stat1",), "--quiet")
     assert done.code == 1
-    assert "(stat1): 'stat1' is STAT1, and so are Stat1 and STAT1 here. Choose: --alias" in done.err
+    so = "(stat1): 'stat1' is STAT1, and so are Stat1 and STAT1 here\n  - Choose: --alias"
+    assert so in done.err
 
 
 def test_a_key_that_is_a_looser_name_is_taken_for_no_gene(lookup: Callable[..., Result]) -> None:
@@ -194,7 +195,7 @@ def test_a_key_that_is_a_looser_name_is_taken_for_no_gene(lookup: Callable[..., 
         1,
         "",
         "error: 1 of 1 label has no embedding (MAP3K21): 'MAP3K21' is in no table, "
-        f"though a human gene.{ADVICE}",
+        f"though a human gene. {ADVICE}",
     )
 
 
@@ -243,9 +244,9 @@ def test_names_of_controls_and_of_no_value_are_never_genes(
         assert f"({label}): {label!r} stands for no value. Add" in done.err
     else:
         assert (
-            f"({label}): {label!r} is the name of a control, not of a gene. {label}: if this is "
-            f"the control, --control-pert {label}; only one label can be, so give its cells that "
-            "one. Add"
+            f"({label}): {label!r} is the name of a control, not of a gene\n  - {label}: if this "
+            f"is the control, --control-pert {label}; only one label can be, so give its cells "
+            "that one\n  - Add"
         ) in done.err
         assert lookup(("STAT1",), (label, "STAT1"), "--control-pert", label).code == 0
     assert lookup(("CTRL", "SCN11A"), ("CTRL",)).code == 0  # the exact key is what it is
@@ -255,8 +256,8 @@ def test_an_old_key_of_several_genes_is_offered(tmp_path: Path, lookup: Any) -> 
     done = lookup(("QARS", "STAT1"), ("QARS1",), "--quiet")
     assert done.code == 1
     assert (
-        "(QARS1): 'QARS1' may be QARS here, which may be another gene too. Choose: "
-        "--alias QARS1=QARS. Add"
+        "(QARS1): 'QARS1' may be QARS here, which may be another gene too\n  - Choose: "
+        "--alias QARS1=QARS\n  - Add"
     ) in done.err
     assert lookup(("QARS", "STAT1"), ("QARS1",), "--alias", "QARS1=QARS").code == 0
 
@@ -308,7 +309,7 @@ def test_a_gene_without_protein_is_told_apart(tmp_path: Path, lookup: Any) -> No
         1,
         "",
         "error: 1 of 1 label has no embedding (LNC2): 'LNC2' has no protein: NOCODE is a "
-        f"non-coding RNA gene.{ADVICE}",
+        f"non-coding RNA gene. {ADVICE}",
     )
     done = lookup(TODAY, ("LNC2", "NONESUCH"), "--hgnc", "hgnc.txt", "--quiet")
     assert "(LNC2, NONESUCH): 1 no protein, 1 not found. Add" in done.err
@@ -355,7 +356,7 @@ def test_a_common_form_is_offered_and_what_is_offered_works(
     done = lookup(TODAY, labels, "--quiet")
     assert done.code == 1
     assert hint in done.err
-    said = re.search(r"of them resolve with (--\S+) (\S+) \(\S+ is \S.*?\)\. ", done.err)
+    said = re.search(r"of them resolve with (--\S+) (\S+) \(\S+ is \S.*?\)\n", done.err)
     assert said, done.err
     again = lookup(TODAY, labels[:2], said[1], said[2].strip("'"), "--quiet")
     assert again.code == 0, again.err
@@ -449,10 +450,11 @@ def test_each_missing_label_gets_its_own_advice(lookup: Callable[..., Result]) -
         1,
         "",
         "error: 5 of 5 labels have no embedding (NTC_1, STAT1_pBA1, MYC_pBA2, FOO9, TAZ): "
-        "1 ambiguous, 1 named like a control, 3 not found. NTC_1: a control. Give its cells the "
-        "label non-targeting. 2 of them resolve with --label-regex '(?P<gene>[^_]+)_.+' "
-        f"(STAT1_pBA1 is STAT1). {taz}. Choose: --alias TAZ=TAFAZZIN or --alias TAZ=WWTR1. For "
-        f"FOO9, TAZ:{ADVICE}",
+        "1 ambiguous, 1 named like a control, 3 not found\n"
+        "  - NTC_1: a control. Give its cells the label non-targeting\n"
+        "  - 2 of them resolve with --label-regex '(?P<gene>[^_]+)_.+' (STAT1_pBA1 is STAT1)\n"
+        f"  - {taz}. Choose: --alias TAZ=TAFAZZIN or --alias TAZ=WWTR1\n"
+        f"  - For FOO9, TAZ: {ADVICE}",
     )
 
 
@@ -462,9 +464,11 @@ def test_a_name_that_may_be_the_control_is_said_once_beside_a_form(lookup: Any) 
         1,
         "",
         "error: 3 of 3 labels have no embedding (NTC, STAT1_g1, MYC_g1): 1 named like a control, "
-        "2 not found. NTC: if this is the control, --control-pert NTC; only one label can be, so "
-        "give its cells that one. 2 of them resolve with --label-regex "
-        f"'(?P<gene>.+?)[_-](sg|g|guide)?[0-9]+' (STAT1_g1 is STAT1). For NTC:{ADVICE}",
+        "2 not found\n"
+        "  - NTC: if this is the control, --control-pert NTC; only one label can be, so give its "
+        "cells that one\n"
+        "  - 2 of them resolve with --label-regex '(?P<gene>.+?)[_-](sg|g|guide)?[0-9]+' "
+        f"(STAT1_g1 is STAT1)\n  - For NTC: {ADVICE}",
     )
 
 

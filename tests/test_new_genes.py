@@ -318,11 +318,15 @@ def test_labels_of_no_cell_of_a_template_are_left_out_of_what_is_added(
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ("NONE", "1 of 1 label has no embedding (NONE): 'NONE' is in no table."),
+        (
+            "NONE",
+            "1 of 1 label has no embedding (NONE): 'NONE' is in no table. Add their proteins with "
+            "--fasta, rename with --alias OLD=NEW, or accept with --missing mean",
+        ),
         (
             "SIM001_g2\nSIM002_g2",
             "2 of 2 labels have no embedding (SIM001_g2, SIM002_g2). 2 of them resolve with "
-            "--label-regex '(?P<gene>.+?)[_-](sg|g|guide)?[0-9]+' (SIM001_g2 is SIM001).",
+            "--label-regex '(?P<gene>.+?)[_-](sg|g|guide)?[0-9]+' (SIM001_g2 is SIM001)",
         ),
         (
             "Ctrl",
@@ -336,9 +340,7 @@ def test_advice_on_missing_labels_is_for_a_run(
 ) -> None:
     """Another table, --report and --control-pert would be refused."""
     (tmp_path / "genes.txt").write_text(f"{labels}\nSIM004\n")
-    ask = " Add their proteins with --fasta, rename with --alias OLD=NEW, or accept with --missing"
-    ask = "" if labels == "Ctrl" else f"{ask} mean"  # it is no gene
-    refused(add("--gene-list", tmp_path / "genes.txt"), f"{message}{ask}")
+    refused(add("--gene-list", tmp_path / "genes.txt"), message)
 
 
 def test_control_of_a_run_is_not_asked_for(
@@ -476,10 +478,19 @@ def test_alias_of_the_run_is_that_of_its_new_combinations(
     assert torch.equal(content["mine+SIM002"], content["mine"] + content["SIM002"])
     (tmp_path / "genes.txt").write_text("mine+SIM003\n")  # another word is that of the user
     other = ("--alias", "mine=SIMEXTRA002", "--alias", "his=SIM001")
-    assert add("--gene-list", tmp_path / "genes.txt", *other).code == 0
+    done = add("--gene-list", tmp_path / "genes.txt", *other)
+    assert (done.code, done.err.count("warning: --alias")) == (0, 1)
+    assert "warning: --alias his=SIM001: no label 'his'\n" in done.err
     content = load(run / "pert_onehot_map.pt")
     expected = table()["SIMEXTRA002"] + content["SIM003"]
     assert torch.equal(content["mine+SIM003"], expected)
+    (tmp_path / "genes.txt").write_text("SIMEXTRA003\n")  # needs no alias, and is told of none
+    done = add("--gene-list", tmp_path / "genes.txt")
+    assert (done.code, "warning" in done.err) == (0, False), done.err
+    (tmp_path / "genes.txt").write_text("mine+SIM004\n")  # as in the run
+    assert add("--gene-list", tmp_path / "genes.txt").code == 0
+    content = load(run / "pert_onehot_map.pt")
+    assert torch.equal(content["mine+SIM004"], content["mine"] + content["SIM004"])
 
 
 def test_aliases_of_a_toml_are_added_to_those_of_the_run(

@@ -1154,6 +1154,15 @@ def test_held_out_label_of_which_the_cell_type_has_no_cell_is_a_warning(
         "nothing is held out for it"
     )
     assert plan(done)["test"].split()[:2] == ["12", "1"]
+    # of two cell types: one warning
+    rows |= (screen.obs["target_gene"] == "SIM006") & (screen.obs["cell_type"] == "simB")
+    screen[~rows.to_numpy()].copy().write_h5ad(ready / "screen.h5ad")
+    with (ready / "config.toml").open("a") as f:
+        f.write('[fewshot."sim.simB"]\ntest = ["SIM006"]\n')
+    accepted(
+        "[fewshot] names labels of which the cell type has no cell (SIM003 in sim.simA, SIM006 in "
+        "sim.simB): nothing is held out for them"
+    )
 
 
 def test_train_lists_hold_nothing_out_and_what_is_not_read_is_named(

@@ -21,8 +21,13 @@ from state_esm_features.option_groups import (
 )
 
 
-def arc_table_path(dry_run: bool) -> Path | None:
+def arc_table_path(dry_run: bool, for_run: bool = False) -> Path | None:
     """Arc's published table, from the Hugging Face cache or downloaded into it once.
+
+    Parameters
+    ----------
+    for_run
+        A run was trained on it: no other table can take its place.
 
     Returns
     -------
@@ -43,23 +48,24 @@ def arc_table_path(dry_run: bool) -> Path | None:
         )
         if dry_run:
             return None
-    path = Path(cached) if isinstance(cached, str) else _download_arc_table()
+    path = Path(cached) if isinstance(cached, str) else _download_arc_table(for_run)
     found = sha256_of(path)
     if found != ARC_SHA256:
+        use = "" if for_run else ", or pass it with --esm-embeddings to use it as it is"
         raise InputError(
             # resolved: without its link alone the cache would give the same file again
             f"{path.resolve()} has sha256 {found}, expected {ARC_SHA256}: the download is damaged, "
-            "or the table was replaced. Delete that file to download it again, or pass it with "
-            "--esm-embeddings to use it as it is"
+            f"or the table was replaced. Delete that file to download it again{use}"
         )
     return path
 
 
-def _download_arc_table() -> Path:
+def _download_arc_table(for_run: bool) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
 
-    advice = "Run again when it can be reached, or pass a table with --esm-embeddings FILE"
+    instead = f"pass {'this' if for_run else 'a'} table with --esm-embeddings FILE"
+    advice = f"Run again when it can be reached, or {instead}"
     try:
         return Path(huggingface_hub.hf_hub_download(ARC_REPOSITORY, ARC_FILE))
     except errors.LocalEntryNotFoundError as error:
@@ -69,7 +75,7 @@ def _download_arc_table() -> Path:
     except (errors.EntryNotFoundError, errors.RepositoryNotFoundError) as error:
         raise InputError(
             f"cannot download {ARC_FILE}: the Hugging Face hub has no such file in "
-            f"{ARC_REPOSITORY}, or wants a login. Pass a table with --esm-embeddings FILE"
+            f"{ARC_REPOSITORY}, or wants a login. P{instead[1:]}"
         ) from error
     except Exception as error:  # whatever the HTTP client under huggingface_hub raises
         raise InputError(

@@ -5,7 +5,7 @@ Each step stands in a module of its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +29,7 @@ def resolve_labels(
     all_genes: bool = False,
     report: Path | None = None,
     can_report: bool = False,
+    remembered: Collection[tuple[str, str]] = (),
 ) -> Resolved | None:
     """Open the sources and find the gene of every label; None if a dry run has no source.
 
@@ -38,6 +39,8 @@ def resolve_labels(
         What both commands have; what one of them has alone comes in the other parameters.
     can_report
         The command has --report.
+    remembered
+        (OLD, NEW) of aliases that a run has kept: nobody typed them.
 
     Raises
     ------
@@ -53,7 +56,7 @@ def resolve_labels(
         labels.add(genes, path=some(source.path for source in sources), kind="all-genes")
     names = dict.fromkeys([*labels.names, labels.control])
     resolver = Resolver(sources, labels.control, options.symbols, notes)
-    every, missing = resolve(names, resolver), options.policy.missing
+    every, missing = resolve(names, resolver, remembered), options.policy.missing
     left_out = []
     if missing == "error":  # cell-load gives such a category zeros, --into-run a vector later
         left_out = [r for r in every if r.reason and not labels.needed_in(r.label)]

@@ -224,12 +224,26 @@ def add_labels_found(
 
 def names_of_no_file(names: Sequence[str], known: Collection[str]) -> str:
     """What to say of labels that [fewshot] holds out and no file has: a list made beforehand."""
-    listed = [f"{shown(name)}{did_you_mean(name, known)}" for name in names[:5]]
+    guides = {name: labels for name in names if (labels := guides_of(name, known))}
+    listed = [f"{shown(x)}{'' if x in guides else did_you_mean(x, known)}" for x in names[:5]]
+    remedy = f"Remove {them(len(names))}"
+    if guides:
+        name, labels = next(iter(guides.items()))
+        written = ", ".join(f'"{label}"' for label in labels[:5])
+        remedy = "Labels of their guides are there. Name these as they stand in the data: for "
+        remedy += f"{name} write {written}{', ...' if len(labels) > 5 else ''}"
+        remedy += ". Remove the others" if len(guides) < len(names) else ""
     return (
         f"[fewshot] names {count(len(names), 'label')} that no file has "
         f"({some([*listed, *names[5:]])}): cell-load holds nothing out for {them(len(names))}. "
-        f"Remove {them(len(names))}"
+        f"{remedy}"
     )
+
+
+def guides_of(gene: str, labels: Iterable[str]) -> list[str]:
+    """Labels that look like guides of a gene: STAT1_g2, STAT1-2 or sgSTAT1 of STAT1."""
+    pattern = re.compile(rf"(sg)?{re.escape(gene)}([_-](sg|g|guide)?\d+|_.+)?", re.IGNORECASE)
+    return sorted(x for x in labels if x.lower() != gene.lower() and pattern.fullmatch(x))
 
 
 def read_gene_list(path: Path, pert_col: str | None, notes: Notes) -> list[str]:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from state_esm_features.console import InputError, count, have, shown, some, them
+from state_esm_features.console import InputError, count, have, shown, some, them, with_remedies
 from state_esm_features.embedding.gene_names import LOOSER
 from state_esm_features.embedding.labels import Labels, plain_regex, relabelling
 from state_esm_features.embedding.resolve import (
@@ -131,7 +131,7 @@ def suggest_form(
         label = example.label if " " not in example.label else repr(example.label)
         genes = " and ".join(str(p.gene or p.name) for p in example.parts)
         offer = " ".join(options)
-        return f" {len(resolved):,} of them resolve with {offer} ({label} is {genes}).", trial
+        return f"{len(resolved):,} of them resolve with {offer} ({label} is {genes})", trial
     return "", resolver
 
 
@@ -160,8 +160,8 @@ def only_blanks(
     parts = rf".str.replace(r'\s*{plain_regex(mark)}\s*', {mark!r}, regex=True)" if inside else ""
     then = f", then --control-pert {shlex.quote(control)}" if control != resolver.control else ""
     return cured, (
-        f" {some(r.label for r in cured)}: blanks in the {'name' if len(cured) == 1 else 'names'}. "
-        f"Take them away: {obs} = {obs}.str.strip(){parts}.astype('category'){then}."
+        f"{some(r.label for r in cured)}: blanks in the {'name' if len(cured) == 1 else 'names'}. "
+        f"Take them away: {obs} = {obs}.str.strip(){parts}.astype('category'){then}"
     )
 
 
@@ -239,15 +239,19 @@ def check_missing(resolved: Resolved, can_report: bool) -> None:
     kinds = missing_by_kind(resolutions)
     if not reason and "," in kinds:
         reason = f": {kinds}"
-    advice = advice_for_each(missing, resolved, can_report)
-    raise InputError(
+    problem = (
         f"{len(missing):,} of {count(total, 'label')} {have(len(missing))} no embedding "
-        f"({names}){reason}.{only_in(labels, missing)}{advice}".removesuffix(".")
+        f"({names}){reason}{only_in(labels, missing)}"
     )
+    remedies = remedies_for(missing, resolved, can_report)
+    raise InputError(with_remedies(problem, remedies))
 
 
-def advice_for_each(missing: Sequence[Resolution], resolved: Resolved, can_report: bool) -> str:
-    """What helps the missing labels: of each the first thing that does."""
+def remedies_for(missing: Sequence[Resolution], resolved: Resolved, can_report: bool) -> list[str]:
+    """What helps the missing labels: of each the first thing that does.
+
+    What helps any label is said of those only that nothing else does.
+    """
     resolutions, labels, resolver = resolved.resolutions, resolved.labels, resolved.resolver
 
     def without(all_of: Sequence[Resolution], some_of: Sequence[Resolution]) -> list[Resolution]:
@@ -264,17 +268,17 @@ def advice_for_each(missing: Sequence[Resolution], resolved: Resolved, can_repor
     more = named_as_controls(unread, as_tried) if form else []  # beside a gene, once parted
     relabel_more = controls_advice(more, labels, tried)
     may_be = controls if may_be_the_control(controls, labels) else []
-    left = [*without(unread, more), *may_be] or ([] if more else rest)
+    left = [*without(unread, more), *may_be]
     choose = ""
     unclear = {str(p.reason): " or ".join(p.paste) for r in rest for p in r.parts if p.paste}
     if unclear:
-        choose = f" {some(unclear, 3)}." if len(missing) > 1 else ""
-        choose += f" Choose: {'; '.join(list(unclear.values())[:3])}."
+        choose = f"{some(unclear, 3)}. " if len(missing) > 1 else ""
+        choose += f"Choose: {'; '.join(list(unclear.values())[:3])}"
     tail = ""
     if left:
         which = "" if len(left) == len(missing) else f"For {some(r.label for r in left)}: "
-        tail = f" {which}{advice_for_missing(labels.for_run, can_report)}"
-    return f"{blanks}{relabel}{form}{relabel_more}{choose}{tail}"
+        tail = f"{which}{advice_for_missing(labels.for_run, can_report)}"
+    return [text for text in (blanks, relabel, form, relabel_more, choose, tail) if text]
 
 
 def advice_for_missing(for_run: bool, can_report: bool) -> str:
@@ -292,30 +296,31 @@ def only_in(labels: Labels, missing: Sequence[Resolution]) -> str:
     holders = {path: None for r in missing for path in labels.needed_in(r.label)}
     if not holders or len(holders) == len(inputs):
         return ""
-    return f" {'It is' if len(missing) == 1 else 'They are'} in {some(holders)} only."
+    return f". {'It is' if len(missing) == 1 else 'They are'} in {some(holders)} only"
 
 
 def controls_advice(controls: Sequence[Resolution], labels: Labels, resolver: Resolver) -> str:
     """What to do with labels that are named like controls: one label only can be the control."""
+    if not controls:
+        return ""
     alone = [r for r in controls if only_controls(r)]
     beside = [r for r in controls if not only_controls(r)]
     if may_be_the_control(controls, labels):
         name = alone[0].label
         return (
-            f" {shown(name)}: if this is the control, --control-pert {shlex.quote(name)}; only one "
-            "label can be, so give its cells that one."
+            f"{shown(name)}: if this is the control, --control-pert {shlex.quote(name)}; only one "
+            "label can be, so give its cells that one"
         )
     texts = []
     if alone:
         what, whose = ("a control", "its") if len(alone) == 1 else ("controls", "their")
         names = some(r.label for r in alone)
         label = shown(labels.control) + (", as in the run" if labels.for_run else "")
-        texts.append(f" {names}: {what}. Give {whose} cells the label {label}")
+        texts.append(f"{names}: {what}. Give {whose} cells the label {label}")
     if beside:
         names = some(r.label for r in beside)
-        texts.append(f" {names}: a control beside a gene. Write {shown(labels.control)} for it")
-    line = relabel_controls(alone, beside, labels, resolver)
-    return "".join(f"{text}{line if text == texts[-1] else ''}." for text in texts)
+        texts.append(f"{names}: a control beside a gene. Write {shown(labels.control)} for it")
+    return ". ".join(texts) + relabel_controls(alone, beside, labels, resolver)
 
 
 def may_be_the_control(controls: Sequence[Resolution], labels: Labels) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -342,12 +342,18 @@ class Resolver:
         return without_gene(name, NOT_FOUND, f"{name!r} is in no {' or '.join(kinds)}{why}{more}")
 
 
-def resolve(names: Iterable[str], resolver: Resolver) -> list[Resolution]:
-    """Resolve every label, and say what was decided that a person may want to see."""
+def resolve(
+    names: Iterable[str], resolver: Resolver, remembered: Collection[tuple[str, str]] = ()
+) -> list[Resolution]:
+    """Resolve every label, and say what was decided that a person may want to see.
+
+    `remembered` are aliases that nobody gave now: they need no label.
+    """
     resolutions = [resolver.label(name) for name in names]
     parts = [p for r in resolutions for p in r.parts]
     for name, key in resolver.options.alias:
-        if name not in resolver.aliases_used and name != resolver.control:
+        needless = name in resolver.aliases_used or (name, key) in remembered
+        if not needless and name != resolver.control:
             resolver.notes.warn(
                 f"--alias {name}={key}: no label {name!r}{did_you_mean(name, names)}"
             )

@@ -19,8 +19,8 @@ from state_esm_features.embedding.labels import Labels
 from state_esm_features.embedding.report import summary
 from state_esm_features.embedding.vectors import Resolved, identical, note_identical
 from state_esm_features.files import keep, run_lock, sha256_of, staged
-from state_esm_features.option_groups import FeatureOptions
-from state_esm_features.training.trained_run import TrainedRun
+from state_esm_features.option_groups import FeatureOptions, alias_pair
+from state_esm_features.training.trained_run import TrainedRun, aliases_of_user
 
 if TYPE_CHECKING:
     import torch
@@ -115,7 +115,8 @@ def resolve_for_run(
     if not new:
         return None, {}
     labels.names = dict.fromkeys(new)
-    resolved = resolve_labels(labels, options, notes)
+    remembered = {alias_pair(text) for text in aliases_of_user(manifest)}
+    resolved = resolve_labels(labels, options, notes, remembered=remembered)
     assert resolved is not None  # only a dry run has no source
     check_same_model(resolved, run, manifest, options, notes)
     genes = {

@@ -92,6 +92,7 @@ def _names_held_out(data: Data, types: Mapping[str, Sequence[str]], found: Findi
     control = data.columns.control
     everything = {label for f in data.files for label in f.labels}
     held, nowhere = set[str](), set[str]()
+    elsewhere: dict[str, list[str]] = {}
     for key, kept in data.experiment.fewshot.items():
         named = {*kept.get("val", ()), *kept.get("test", ())}  # a train list holds nothing out
         dataset, _, cell_type = key.partition(".")
@@ -99,18 +100,25 @@ def _names_held_out(data: Data, types: Mapping[str, Sequence[str]], found: Findi
         if cell_type in types.get(dataset, ()):
             held |= named
             of_type = [f.by_type.get(cell_type, {}) for f in data.files if f.dataset == dataset]
-            elsewhere = sorted(named.intersection(everything) - {control}.union(*of_type))
-            if elsewhere:
-                found.warnings.append(
-                    f'[fewshot."{key}"] names {count(len(elsewhere), "label")} of which this cell '
-                    f"type has no cell ({some(elsewhere)}): nothing is held out for "
-                    f"{them(len(elsewhere))}"
-                )
+            elsewhere[key] = sorted(named.intersection(everything) - {control}.union(*of_type))
         whole = key in data.experiment.zeroshot
         found.warnings += [f'[fewshot."{key}"] {x}' for x in _odd_section(kept, control, whole)]
+    found.warnings += labels_elsewhere({key: names for key, names in elsewhere.items() if names})
     if nowhere:
         found.warnings.append(names_of_no_file(sorted(nowhere), everything))
     return held
+
+
+def labels_elsewhere(elsewhere: Mapping[str, Sequence[str]]) -> list[str]:
+    """What to say of {cell type: labels} that [fewshot] holds out where no cell has them."""
+    n = sum(map(len, elsewhere.values()))
+    if len(elsewhere) == 1:
+        [(key, names)] = elsewhere.items()
+        where = f'[fewshot."{key}"] names {count(n, "label")} of which this cell type has no cell'
+    else:
+        names = [f"{name} in {key}" for key, names in elsewhere.items() for name in names]
+        where = "[fewshot] names labels of which the cell type has no cell"
+    return [f"{where} ({some(names)}): nothing is held out for {them(n)}"] if n else []
 
 
 def _odd_section(kept: Mapping[str, Sequence[str]], control: str, whole: bool) -> list[str]:

@@ -191,7 +191,7 @@ def files_of_tables(run: TrainedRun, manifest: Mapping[str, Any]) -> dict[str, l
     for sha256, paths in places.items():
         path = next((p for p in paths if Path(p).exists()), paths[0])
         if sha256 == ARC_SHA256 and not Path(path).exists():
-            path = str(arc_table_path(dry_run=False))
+            path = str(arc_table_path(dry_run=False, for_run=True))
         tables.append(path)
     return {"esm_embeddings": tables}
 
@@ -210,10 +210,13 @@ def options_of_sequences(run: TrainedRun, manifest: Mapping[str, Any]) -> dict[s
 
 
 def aliases_of_user(manifest: Mapping[str, Any]) -> list[str]:
-    """OLD=NEW of the aliases that the user gave: nothing else leads from name to gene."""
-    return [
-        f"{part['name']}={part['gene']}"
-        for label, record in manifest["labels"].items()
-        for part in record.get("parts", [{"name": label, **record}])
-        if part["how"] == "alias" and "via" not in part
-    ]
+    """OLD=NEW of the aliases that the user gave: nothing else leads from name to gene.
+
+    An addition may have read a name otherwise, for itself: the run's first reading stays.
+    """
+    aliases: dict[str, str] = {}
+    for label, record in manifest["labels"].items():
+        for part in record.get("parts", [{"name": label, **record}]):
+            if part["how"] == "alias" and "via" not in part:
+                aliases.setdefault(part["name"], part["gene"])
+    return [f"{old}={new}" for old, new in aliases.items()]

@@ -73,20 +73,27 @@ ACCEPT = "or accept with --missing mean"
         (
             ("sgSTAT1_1", "sgTP53_2", "sgKLF1_1"),
             "3 of 3 labels have no embedding (sgSTAT1_1, sgTP53_2, sgKLF1_1). 3 of them resolve "
-            "with --label-regex 'sg(?P<gene>.+?)([_-](sg|g|guide)?[0-9]+)?' (sgSTAT1_1 is STAT1). "
-            f"{ADD}{ACCEPT}",
+            "with --label-regex 'sg(?P<gene>.+?)([_-](sg|g|guide)?[0-9]+)?' (sgSTAT1_1 is STAT1)",
         ),
         (
             ("STAT1_KLF1", "TP53_STAT1"),
             "2 of 2 labels have no embedding (STAT1_KLF1, TP53_STAT1). 2 of them resolve with "
-            "--separator _ (STAT1_KLF1 is STAT1 and KLF1). "
-            f"{ADD}{ACCEPT}",
+            "--separator _ (STAT1_KLF1 is STAT1 and KLF1)",
         ),
         (
             ("TAZ", "STAT1"),
             "1 of 2 labels has no embedding (TAZ): 'TAZ' is ambiguous: TAFAZZIN (previous symbol) "
-            "or WWTR1 (alias symbol). Choose: --alias TAZ=TAFAZZIN or --alias TAZ=WWTR1. "
-            f"{ADD}{ACCEPT}",
+            "or WWTR1 (alias symbol)\n  - Choose: --alias TAZ=TAFAZZIN or --alias TAZ=WWTR1\n"
+            f"  - {ADD}{ACCEPT}",
+        ),
+        (
+            ("STAT1_1", "KLF1_2", "XYZQ", "NTC-1", "NTC-2"),
+            "5 of 5 labels have no embedding (STAT1_1, KLF1_2, XYZQ, NTC-1, NTC-2): 2 named like "
+            "a control, 3 not found\n"
+            "  - NTC-1, NTC-2: controls. Give their cells the label non-targeting\n"
+            "  - 2 of them resolve with --label-regex '(?P<gene>.+?)[_-](sg|g|guide)?[0-9]+' "
+            "(STAT1_1 is STAT1)\n"
+            f"  - For XYZQ: {ADD}{ACCEPT}",
         ),
     ],
 )
