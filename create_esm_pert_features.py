@@ -83,22 +83,22 @@ from state_esm_features.option_groups import (
     feature_options,
     misused,
 )
-from state_esm_features.options import add_options, first_given, make
+from state_esm_features.options import Parser, add_options, first_given, make
 from state_esm_features.training.new_labels import add_to_run, resolve_for_run
+from state_esm_features.training.plan import TEMPLATE, infer_command
 from state_esm_features.training.templates import check_template, check_templates, filled_in
 from state_esm_features.training.trained_run import TrainedRun, open_run, options_of_run
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The options, which `option_groups` declares; what is not given is not in the namespace."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="create_esm_pert_features.py",
         usage="%(prog)s (--from-toml | --gene-list | --adata) FILE\n"
         "           [--esm-embeddings FILE] [--fasta FILE] (--output FILE.pt | --into-run DIR)\n"
         "           [option ...]    (--help lists them)",
         description="Write the ESM2 protein embedding of every perturbation of a screen.",
         epilog="Then: train_with_esm_features.py --config TOML --pert-features FILE.pt",
-        allow_abbrev=False,
     )
     add_options(parser, LabelOptions, "labels (at least one)")
     add_feature_options(parser)
@@ -214,6 +214,9 @@ def extend_run(
             notes.warn(text)
     if added:
         notes.line(f"added     {count(len(added), 'label')} to {run.named}: {some(added)}")
+        template = wanted.adata[0] if wanted.adata else TEMPLATE
+        command = infer_command(run.named, run.pert_col, run.embed_key, template)
+        notes.line(f"predict   {command}")
     else:
         notes.line(f"up to date: {run.named} knows all of these labels")
     notes.say()

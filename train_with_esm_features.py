@@ -65,7 +65,7 @@ except ModuleNotFoundError:
 from state_esm_features.embedding.features_file import read_manifest
 from state_esm_features.experiment import features_section, load_experiment, note_section
 from state_esm_features.files import Busy, run_lock, write_json
-from state_esm_features.options import add_options, as_words, first_given
+from state_esm_features.options import Parser, add_options, as_words, first_given
 from state_esm_features.training.fast_copies import make_copies
 from state_esm_features.training.loop import follow, refuse_changed_files, train
 from state_esm_features.training.plan import OWN_FEATURES, Plan, TrainOptions, describe, make_plan
@@ -86,7 +86,7 @@ from state_esm_features.training.stock import typed_settings
 
 def build_parser() -> argparse.ArgumentParser:
     """The options, which `option_groups` declares; what is not given is not in the namespace."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="train_with_esm_features.py",
         usage="%(prog)s --config FILE [--pert-features FILE.pt]\n"
         "           [option ...] [STOCK.SETTING=VALUE ...]    (--help lists them)",
@@ -94,7 +94,6 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="What is not given stays as the installed state package has it. Without "
         "--pert-features the options of sources, sequences, symbols and policy decide the "
         "features, as in create_esm_pert_features.py; [features] in the TOML may hold them.",
-        allow_abbrev=False,
     )
     add_options(parser, option_groups.DataOptions, "data")
     add_options(parser, option_groups.TrainingOptions, "training")
@@ -172,9 +171,8 @@ def train_in(plan: Plan, how: str, notes: console.Notes) -> None:
     notes.say()
     if plan.fast:
         make_copies(plan.fast, plan.data.columns)
-    notes.line(f"stock     {plan.stock_command()}")
     record = start(plan, how, notes)
-    notes.line(f"training; what stock prints goes to {plan.run_dir / 'train.log'}")
+    notes.line(f"training; what State prints goes to {plan.run_dir / 'train.log'}")
     notes.say()
     state = Training(plan.run_dir, plan.stock["training"]["max_steps"])
     state.first = state.step = record["starts"][-1]["from_step"]
@@ -242,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(sys.argv[1:] if argv is None else argv)
     # huge pages for the arrays of a batch, if torch is not loaded yet: a fifth less time a batch
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    console.start_log(quiet=False)
+    console.start_log(options.run.quiet)
     notes = console.Notes()
     return console.exit_code(lambda: run(options, argv is None, notes), console.STOP_SIGNALS, notes)
 

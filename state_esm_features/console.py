@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TextIO
 
 log = logging.getLogger("esm_pert_features")
 
@@ -114,6 +115,31 @@ def start_log(quiet: bool) -> None:
     log.handlers[:] = [handler]
     log.propagate = False
     log.setLevel(logging.WARNING if quiet else logging.INFO)
+
+
+def messages_to() -> TextIO:
+    """Where messages go: stderr, also while that is led elsewhere."""
+    return log.handlers[0].stream if log.handlers else sys.stderr  # type: ignore[attr-defined]
+
+
+def move_logs(streams: Sequence[TextIO], target: TextIO) -> None:
+    """Let the loggers of other code write to `target` instead of these streams."""
+    for logger in (logging.root, *logging.root.manager.loggerDict.values()):
+        for handler in getattr(logger, "handlers", ()) if logger is not log else ():
+            if isinstance(handler, logging.StreamHandler) and handler.stream in streams:
+                handler.setStream(target)
+
+
+@contextlib.contextmanager
+def others_print_to(file: TextIO) -> Iterator[None]:
+    """What other code prints, warns of and logs goes to a file; what this module says does not."""
+    streams = (sys.stdout, sys.stderr)
+    with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        move_logs(streams, file)
+        try:
+            yield
+        finally:
+            move_logs([file], streams[1])  # also those that began meanwhile
 
 
 @contextlib.contextmanager
@@ -254,7 +280,13 @@ class Bar:
 
         quiet = True if not log.isEnabledFor(logging.INFO) else None  # None: where no terminal is
         self.bar = tqdm(
-            total=total, initial=initial, desc=what, unit=unit, unit_scale=scale, disable=quiet
+            total=total,
+            initial=initial,
+            desc=what,
+            unit=unit,
+            unit_scale=scale,
+            disable=quiet,
+            file=messages_to(),
         )
         self.what, self.unit, self.scale = what, unit, scale
         self.total, self.done, self.initial = total, initial, initial

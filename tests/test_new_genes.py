@@ -554,6 +554,8 @@ def test_new_labels_are_added_and_known_ones_stay_bit_identical(add: Any, run: P
         "source    table.pt (50 genes x 8)",
         f"the map of before is kept as {run}/pert_onehot_map.pt.orig",
         f"added     1 label to {run}: {NEW}",
+        f"predict   state tx infer --model-dir {run} --checkpoint {run}/checkpoints/final.ckpt "
+        "--pert-col target_gene --adata wanted.h5ad --output prediction.h5ad",
     ]
     for name in ("pert_onehot_map.pt", "pert_features.pt"):
         content = load(run / name)
@@ -665,7 +667,7 @@ def test_run_that_was_cut_off_between_its_two_files_is_mended(add: Any, run: Pat
     (run / "pert_onehot_map.pt").write_bytes(old)
     assert add("--adata", "wanted.h5ad", "--dry-run").code == 1
     assert (
-        add("--adata", "wanted.h5ad").err.splitlines()[-1] == f"added     1 label to {run}: {NEW}"
+        add("--adata", "wanted.h5ad").err.splitlines()[-2] == f"added     1 label to {run}: {NEW}"
     )
     assert load(run / "pert_onehot_map.pt").keys() == whole.keys()
 

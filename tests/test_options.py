@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
+import create_esm_pert_features
+import train_with_esm_features
 from state_esm_features.console import InputError
 from state_esm_features.option_groups import (
     FEATURES,
@@ -139,6 +141,57 @@ def test_only_options_that_are_not_at_their_default_are_recorded() -> None:
 )
 def test_combinations_that_mean_nothing_are_named(given: dict[str, Any], wrong: str | None) -> None:
     assert misused(feature_options(given), given) == wrong
+
+
+COMMANDS = [create_esm_pert_features, train_with_esm_features]
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "message"),
+    [
+        (0, "--from-tom c.toml --output o.pt", "--from-tom c.toml (did you mean --from-toml?)"),
+        (0, "--from-toml c.toml --zzz", "--zzz"),
+        (
+            1,
+            "--config c.toml --max-step 3",
+            "--max-step (did you mean --max-steps?)",
+        ),
+        (
+            1,
+            "--config c.toml --pert-feature=f.pt",
+            "--pert-feature=f.pt (did you mean --pert-features?)",
+        ),
+    ],
+)
+def test_a_mistyped_option_is_told_what_it_may_have_been(
+    capsys: pytest.CaptureFixture[str], command: int, words: str, message: str
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        COMMANDS[command].main(words.split())
+    said = capsys.readouterr().err.splitlines()[-1]
+    name = COMMANDS[command].build_parser().prog
+    assert (left.value.code, said) == (2, f"{name}: error: unrecognized arguments: {message}")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_whole_phrases_of_at_most_two_lines(command: Any) -> None:
+    """On a terminal of a hundred columns."""
+    for action in command.build_parser()._actions:
+        text = (action.help or "") % vars(action)
+        assert text and not text.startswith("(") and len(text) <= 148, action.option_strings
+
+
+def test_resume_and_overwrite_stand_with_the_run_in_help() -> None:
+    [run] = [g for g in COMMANDS[1].build_parser()._action_groups if g.title == "run"]
+    names = [action.option_strings[0] for action in run._group_actions]
+    assert names == [f"--{f.name.replace('_', '-')}" for f in fields(RunOptions)]
+
+
+def test_the_seed_of_an_ablation_has_the_same_name_in_both() -> None:
+    """--seed is the training's in the training, and the ablation's where there is no other."""
+    create, train = (command.build_parser()._option_string_actions for command in COMMANDS)
+    assert create["--ablation-seed"] is create["--seed"]
+    assert "--ablation-seed" not in train and train["--seed"].dest == "seed"
 
 
 def test_names_of_a_group_are_its_own() -> None:

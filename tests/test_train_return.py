@@ -322,17 +322,18 @@ def test_signal_stops_after_a_whole_step_that_resume_goes_on_from(
 def test_signal_before_the_first_step_ends_at_once_and_the_run_can_be_resumed(
     begin: Start, tmp_path: Path, workers: int, signals: dict[str, tuple[str, bool]]
 ) -> None:
-    """Sent when stderr says so; the first step waits for it, however late that is."""
+    """Sent when train.log says so; the first step waits for it, however late that is."""
     run_dir = tmp_path / "runs/run"
     flags = ("--max-steps", 1, "--val-freq", 1, "--num-workers", workers, "--resume")
     for text, (name, group) in signals.items():
         run = begin(*flags, code=gated("setup", tmp_path))
-        run.until_said(text)
+        log = run_dir / "train.log"
+        run.until(lambda text=text, log=log: log.exists() and text in log.read_text())
         run.send(getattr(signal, name), group)
 
-        def lost(run: Run = run) -> bool:
+        def lost(log: Path = log) -> bool:
             """Python drops what is raised in some call-backs, and the gate would wait for ever."""
-            return "Exception ignored in" in run.err and (tmp_path / "at-gate").exists()
+            return "Exception ignored in" in log.read_text() and (tmp_path / "at-gate").exists()
 
         until(lambda run=run, lost=lost: not run.running() or lost())
         assert not run.running(), run.err
@@ -342,6 +343,7 @@ def test_signal_before_the_first_step_ends_at_once_and_the_run_can_be_resumed(
         assert "saved step" not in run.err
         assert (run_json(run_dir)["status"], run_json(run_dir)["steps"]) == ("stopped", 0)
         assert not list(run_dir.glob("checkpoints/*"))
+        log.unlink()
     run = begin(*flags)
     assert_finished(run, run_dir, 1)
     assert f"no checkpoint in {run_dir} yet: training starts at step 0" in run.lines
@@ -359,7 +361,7 @@ def test_signal_while_the_script_still_imports_ends_with_the_same_exit_code(
         )
     try:
         said = tmp_path / "err"
-        until(lambda: "training; what stock prints" in said.read_text(), process, said)
+        until(lambda: "training; what State prints" in said.read_text(), process, said)
         os.killpg(process.pid, signal.SIGINT)
         assert process.wait(PATIENCE) == 130
     finally:
@@ -776,7 +778,7 @@ def test_damaged_checkpoints_are_named_and_the_best_other_one_goes_on(
     last = four / "checkpoints/last.ckpt"
     code = gated("setup", tmp_path)  # the last step is not taken before the test has looked
     run = begin("--max-steps", 5, "--resume", "--ckpt-every-n-steps", 3, code=code)
-    run.until_said("training; what stock prints goes to")
+    run.until_said("training; what State prints goes to")
     assert checkpoint(four, "last")["global_step"] == step
     restored = checkpoint(four, "last")["state_dict"]
     assert all(torch.equal(restored[k], weights[k]) for k in weights)
@@ -1197,11 +1199,9 @@ def test_terminal_is_shown_a_bar(begin: Start, tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------
 
 
-def test_cron_recipe_of_the_readme_trains_and_then_says_up_to_date(
-    folder: Path, tmp_path: Path
-) -> None:
-    readme = (ROOT / "README.md").read_text()
-    script = readme.split("### Cron\n")[1].split("```bash\n")[1].split("```")[0]
+def test_cron_recipe_trains_and_is_quiet_where_all_is_well(folder: Path, tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "cron_and_slurm.md").read_text()
+    script = page.split("## Cron\n")[1].split("```bash\n")[1].split("```")[0]
     assert script.startswith("#!/bin/sh\n")
     here = copy_of(folder, tmp_path / "screen")
     (here / "config.toml").rename(here / "my.toml")
@@ -1226,9 +1226,11 @@ def test_cron_recipe_of_the_readme_trains_and_then_says_up_to_date(
         )
         assert done.returncode == 0, done.stderr
         assert done.stdout.splitlines()[-1] == f"{here}/runs/nightly"
-        ends.append(done.stderr.splitlines()[-1])
-    assert ends[0].startswith("predict   state tx infer --model-dir ")
-    assert ends[1] == f"up to date: {here}/runs/nightly finished with the same inputs"
+        ends.append(done.stderr.splitlines())
+    held_out = "warning: [fewshot] holds"
+    assert [all(line.startswith(held_out) for line in lines) for lines in ends] == [True, True], (
+        ends
+    )
     assert checkpoint(here / "runs/nightly", "final")["global_step"] == 2
 
 

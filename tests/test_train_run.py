@@ -295,16 +295,23 @@ def test_the_end_says_where_steps_losses_and_what_next(finished: tuple[Path, Res
     run_dir, result = finished
     record = run_json(run_dir)
     assert record["status"] == "finished" and record["steps"] == 4
-    lines = result.err.splitlines()[-2:]
+    lines = result.err.splitlines()[-3:]
     losses = f"train_loss {record['train_loss']:.5g}, val_loss {record['val_loss']:.5g}"
     assert lines == [
         f"finished  {run_dir}: 4 steps, {losses}",
+        f"check     create-esm-pert-features --into-run {run_dir} --adata TEMPLATE.h5ad --dry-run",
         f"predict   state tx infer --model-dir {run_dir} --checkpoint "
         f"{run_dir}/checkpoints/final.ckpt --pert-col target_gene --adata TEMPLATE.h5ad "
         "--output prediction.h5ad",
     ]
     assert np.isfinite([record["train_loss"], record["val_loss"]]).all()
     assert f"step 4 of 4, loss {record['train_loss']:.4g}" in result.err
+    # of State and its libraries nothing, nor its command, which a dry run shows
+    assert record["stock_command"].startswith("state tx train ")
+    printed = (run_dir / "train.log").read_text()
+    for text in ("Seed set to ", "is_log1p mode", "Processing sim", "`Trainer.fit` stopped"):
+        assert (text in printed, text in result.err) == (True, False)
+    assert "state tx train" not in result.err
 
 
 def test_stock_infer_works_as_typed(

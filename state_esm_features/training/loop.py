@@ -23,6 +23,7 @@ from state_esm_features.console import (
     InputError,
     Stopped,
     announce,
+    others_print_to,
     raise_if_stopped,
     some,
 )
@@ -280,7 +281,7 @@ def our_callbacks(state: Training, step_checkpoints: int | None) -> list[Any]:
 
 
 def train(state: Training, record: Mapping[str, Any]) -> None:
-    """Run the stock training; its prints go to train.log in the run directory.
+    """Run State's training; what it prints, and its libraries, goes to train.log of the run.
 
     Parameters
     ----------
@@ -302,9 +303,9 @@ def train(state: Training, record: Mapping[str, Any]) -> None:
     cfg = OmegaConf.create(compose(record["overrides"]))
     printed = state.run_dir / "train.log" if rank() == 0 else Path(os.devnull)
     with (
-        printed.open("a", encoding="utf-8") as log_file,
+        printed.open("a", encoding="utf-8", buffering=1) as log_file,
         loaders_end_with_us(),
-        contextlib.redirect_stdout(log_file),
+        others_print_to(log_file),
         appended_callbacks(our_callbacks(state, record["step_checkpoints"])),
     ):
         try:

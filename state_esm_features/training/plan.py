@@ -40,6 +40,9 @@ from state_esm_features.training.stock import (
 OWN_FEATURES = "pert_features.pt"
 """The features file in a run directory."""
 
+TEMPLATE = "TEMPLATE.h5ad"
+"""In a command that is shown, for cells to be predicted."""
+
 
 @dataclass(frozen=True)
 class TrainOptions:
@@ -343,14 +346,26 @@ def describe(plan: Plan) -> str:
     return "\n".join(f"{name:<9} {value}" for name, value in rows)
 
 
-def predict_command(plan: Plan) -> str:
-    """State's command that predicts with this run: of a template, if that can load the model."""
+def what_is_next(plan: Plan) -> list[tuple[str, str]]:
+    """(what for, command) of predicting with this run: on a template, if State can do that."""
+    run_dir = plan.run_dir
     if plan.stock["model"]["name"].lower() not in INFER_LOADS:
-        words = ["state", "tx", "predict", "--output-dir", plan.run_dir]
-        return shlex.join(map(str, [*words, "--checkpoint", "final.ckpt", "--predict-only"]))
-    words = ["state", "tx", "infer", "--model-dir", plan.run_dir]
-    words += ["--checkpoint", plan.run_dir / "checkpoints" / "final.ckpt"]
-    words += ["--pert-col", plan.data.columns.pert, "--adata", "TEMPLATE.h5ad"]
+        words = ["state", "tx", "predict", "--output-dir", str(run_dir)]
+        return [("predict", shlex.join([*words, "--checkpoint", "final.ckpt", "--predict-only"]))]
+    check = ["create-esm-pert-features", "--into-run", str(run_dir)]
     embed_key = plan.stock["data"]["kwargs"]["embed_key"]
+    return [
+        ("check", shlex.join([*check, "--adata", TEMPLATE, "--dry-run"])),
+        ("predict", infer_command(run_dir, plan.data.columns.pert, embed_key)),
+    ]
+
+
+def infer_command(
+    run_dir: Path, pert_col: str, embed_key: str | None, template: Path | str = TEMPLATE
+) -> str:
+    """State's command that predicts a template."""
+    words = ["state", "tx", "infer", "--model-dir", run_dir]
+    words += ["--checkpoint", run_dir / "checkpoints" / "final.ckpt"]
+    words += ["--pert-col", pert_col, "--adata", template]
     words += ["--embed-key", embed_key] if embed_key else []
     return shlex.join(map(str, [*words, "--output", "prediction.h5ad"]))

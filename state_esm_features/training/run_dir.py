@@ -23,7 +23,7 @@ from state_esm_features.option_groups import CONSECUTIVE
 from state_esm_features.training.checkpoints import checkpoint_steps, intact
 from state_esm_features.training.fast_loading import fast_paths
 from state_esm_features.training.launch import launch_id
-from state_esm_features.training.plan import Plan, predict_command
+from state_esm_features.training.plan import Plan, what_is_next
 from state_esm_features.training.progress import Training, draw_training, keep_progress
 from state_esm_features.training.stock import MANAGED, flat
 
@@ -258,7 +258,8 @@ def finish(plan: Plan, record: dict[str, Any], state: Training, notes: Notes) ->
         notes.line(f"the run that this one replaces was deleted: {old}")
     losses = ", ".join(f"{k} {v:.5g}" for k, v in sorted(state.losses.items()))
     notes.line(f"finished  {plan.run_dir}: {state.step:,} steps, {losses}")
-    notes.line(f"predict   {predict_command(plan)}")
+    for what, command in what_is_next(plan):
+        notes.line(f"{what:<9} {command}")
 
 
 def close_record(run_dir: Path, record: dict[str, Any], state: Training) -> None:
