@@ -40,7 +40,8 @@ manifest: where every vector comes from). The path of FILE.pt is printed on stdo
 
     python create_esm_pert_features.py --adata template.h5ad --into-run runs/my_config_state_sm
 
-adds the labels that a trained run does not know to it, by the rules of its own features.
+adds the labels that a trained run does not know to it, by the rules of its own features;
+`--into-run DIR --undo` takes them out again.
 
 Exit codes: 0 done, 1 bad data (nothing is written), 2 usage, 75 the run is held by another
 process, 130/143 stopped by a signal.
@@ -49,6 +50,7 @@ process, 130/143 stopped by a signal.
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -88,6 +90,7 @@ from state_esm_features.training.new_labels import add_to_run, resolve_for_run
 from state_esm_features.training.plan import TEMPLATE, infer_command
 from state_esm_features.training.templates import check_template, check_templates, filled_in
 from state_esm_features.training.trained_run import TrainedRun, open_run, options_of_run
+from state_esm_features.training.undo import finish_undo, undo_addition
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -216,9 +219,20 @@ def extend_run(
         notes.line(f"added     {count(len(added), 'label')} to {run.named}: {some(added)}")
         template = wanted.adata[0] if wanted.adata else TEMPLATE
         command = infer_command(run.named, run.pert_col, run.embed_key, template)
+        words = ["create-esm-pert-features", "--into-run", str(run.named), "--undo"]
+        notes.line(f"undo      {shlex.join(words)}")
         notes.line(f"predict   {command}")
     else:
         notes.line(f"up to date: {run.named} knows all of these labels")
+    notes.say()
+    print(run.map_path)
+    return 0
+
+
+def take_out(run: TrainedRun, notes: Notes) -> int:
+    """Undo the last addition to a run."""
+    labels = undo_addition(run)
+    notes.line(f"taken out {count(len(labels), 'label')} of {run.named}: {some(labels)}")
     notes.say()
     print(run.map_path)
     return 0
@@ -232,6 +246,9 @@ def start(
     section = features_section(typed.get("from_toml"))
     if typed.get("into_run"):
         run = open_run(typed["into_run"])
+        finish_undo(run)
+        if typed.get("undo"):
+            return take_out(run, notes)
         if not typed.get("dry_run"):
             of_run = options_of_run(run, {**section, **typed})
     if section:
@@ -252,7 +269,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     typed = vars(parser.parse_args(words))
     into_run = typed.get("into_run")
-    if not {"from_toml", "gene_list", "adata", "all_genes"} & {*typed}:
+    if "undo" in typed and (not into_run or typed.keys() - {"undo", "into_run", "quiet"}):
+        parser.error("--undo goes with --into-run DIR, and with nothing else but --quiet")
+    if "undo" not in typed and not {"from_toml", "gene_list", "adata", "all_genes"} & {*typed}:
         every = "" if into_run else ", or --all-genes"
         parser.error(f"no labels: give --from-toml, --gene-list or --adata{every}")
     if "output" not in typed and not into_run:

@@ -272,6 +272,7 @@ class OutputOptions:
         type=Path,
         metavar="DIR",
     )
+    undo: bool = switch("with --into-run: take the labels of the last addition out again")
     report: Path | None = option("tab-separated file to write: how each label was resolved", **FILE)
     plot: Path | None = option(
         "PNG to write: map of the vectors (UMAP), and their pairwise cosines", **FILE

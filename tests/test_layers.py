@@ -37,7 +37,7 @@ FLOORS = (
     ("training.checkpoints", "training.progress", "training.plan", "training.run_dir"),
     (
         *("training.processes", "training.loop", "training.trained_run", "training.templates"),
-        "training.new_labels",
+        *("training.undo", "training.new_labels"),
     ),
 )
 """Every module of the package, from the ground up."""

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ import create_esm_pert_features as script
 import train_with_esm_features
 from state_esm_features.embedding.features_file import read_manifest
 from state_esm_features.files import run_lock, sha256_of
-from state_esm_features.training import new_labels
+from state_esm_features.training import undo
 
 NEW = "SIMEXTRA000"
 TABLE = ("--esm-embeddings", "table.pt")
@@ -524,22 +525,152 @@ def test_labels_known_by_other_vectors_are_said(add: Any, run: Path, tmp_path: P
     )
 
 
-def test_kept_files_put_back_are_the_run_of_before(add: Any, run: Path, tmp_path: Path) -> None:
-    names = ("pert_onehot_map.pt", "pert_features.pt", "pert_features.pt.json")
-    before = [(run / name).read_bytes() for name in names]
-    (tmp_path / "genes.txt").write_text("mistake\n")
-    assert add("--gene-list", tmp_path / "genes.txt", "--alias", "mistake=SIM001").code == 0
-    assert [(run / name).read_bytes() == b for name, b in zip(names, before, strict=True)] == (
-        [False] * 3
+CHANGED = ("pert_features.pt", "pert_features.pt.json", "pert_onehot_map.pt")
+
+
+def changed(run: Path) -> list[bytes]:
+    """The files that an addition changes."""
+    return [(run / name).read_bytes() for name in CHANGED]
+
+
+def added_one(add: Any, run: Path, tmp_path: Path, gene: str) -> list[bytes]:
+    """The files of a run after an addition."""
+    (tmp_path / "genes.txt").write_text(f"{gene}\n")
+    done = add("--gene-list", tmp_path / "genes.txt")
+    assert done.code == 0, done.err
+    assert gene in load(run / "pert_onehot_map.pt")
+    return changed(run)
+
+
+NOTHING = (
+    "nothing to undo: nothing was added to {} with --into-run, or all of it was taken out again"
+)
+
+
+def test_undo_puts_the_run_back_to_before_the_last_addition(
+    add: Any, run: Path, tmp_path: Path
+) -> None:
+    """Byte for byte, one addition after the other; what it took out is said."""
+    whole = snapshot(run)
+    before = changed(run)
+    first = added_one(add, run, tmp_path, "SIMEXTRA001")
+    second = added_one(add, run, tmp_path, "SIMEXTRA002")
+    assert len({tuple(files) for files in (before, first, second)}) == 3
+    for gene, files in (("SIMEXTRA002", first), ("SIMEXTRA001", before)):
+        assert add("--undo") == Result(
+            0, f"{run}/pert_onehot_map.pt\n", f"taken out 1 label of {run}: {gene}\n"
+        )
+        assert changed(run) == files
+    refused(add("--undo"), NOTHING.format(run))
+    assert snapshot(run) == whole  # nothing else was touched, and nothing is left
+    assert added_one(add, run, tmp_path, "SIMEXTRA001") == first
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+@pytest.fixture
+def killed(add: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Run a command that is killed before its n-th file is written; false if it writes fewer."""
+    real = tempfile.NamedTemporaryFile
+
+    def call(n: int, *words: object) -> bool:
+        written = []
+
+        def temporary(*args: Any, **how: Any) -> Any:
+            written.append(how)
+            if len(written) > n:
+                raise Killed
+            return real(*args, **how)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(tempfile, "NamedTemporaryFile", temporary)
+            try:
+                return add(*words).code != 0
+            except Killed:
+                return True
+
+    return call
+
+
+@pytest.mark.parametrize("n", range(3))
+def test_undo_that_was_cut_off_is_finished_by_the_next_call(
+    add: Any, run: Path, tmp_path: Path, killed: Any, n: int
+) -> None:
+    before = changed(run)
+    added_one(add, run, tmp_path, NEW)
+    assert killed(n, "--undo")
+    assert add("--adata", "template.h5ad", "--dry-run").code == 0  # any call
+    assert changed(run) == before
+    refused(add("--undo"), NOTHING.format(run))
+
+
+def test_addition_that_was_cut_off_is_taken_out_whole(
+    add: Any, run: Path, tmp_path: Path, killed: Any
+) -> None:
+    """Wherever it was cut off: at once, or after the next call has finished it."""
+    before = changed(run)
+    after = added_one(add, run, tmp_path, NEW)
+    assert add("--undo").code == 0
+    n = 0
+    while killed(n, "--gene-list", tmp_path / "genes.txt"):
+        undone = add("--undo")
+        assert undone.code == (changed(run) == before and "nothing to undo" in undone.err)
+        assert changed(run) == before
+        killed(n, "--gene-list", tmp_path / "genes.txt")
+        assert added_one(add, run, tmp_path, NEW) == after
+        assert add("--undo").err == f"taken out 1 label of {run}: {NEW}\n"
+        assert changed(run) == before
+        n += 1
+    assert n == 7  # four copies, features, manifest, map
+
+
+def test_undo_is_refused_once_the_run_has_trained_on(add: Any, run: Path, tmp_path: Path) -> None:
+    after = added_one(add, run, tmp_path, NEW)
+    record = run_json(run)
+    again = [*record["starts"], record["starts"][-1]]
+    (run / "run.json").write_text(json.dumps(record | {"starts": again}))
+    refused(
+        add("--undo"),
+        f"{run} has trained on since {NEW} were added: the old files are of the run as it was. "
+        "Labels that you do not predict do no harm",
     )
-    for name in names:
-        (run / f"{name}.orig").replace(run / name)
-    assert [(run / name).read_bytes() for name in names] == before
-    assert add("--adata", "wanted.h5ad").code == 0
-    assert load(run / "pert_onehot_map.pt").keys() - {NEW} == {*SMALL.symbols} | {
-        SMALL.combination,
-        "non-targeting",
-    }
+    assert changed(run) == after
+
+
+def test_undo_leaves_a_run_that_trains_alone(
+    add: Any, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(undo, "WAIT_SECONDS", 0.1)
+    after = added_one(add, run, tmp_path, NEW)
+    with run_lock(run):
+        done = add("--undo")
+    assert (done.code, changed(run)) == (75, after)
+    assert done.err.endswith(f", is training {run}; let it finish\n")
+
+
+def test_undo_of_an_earlier_version_names_its_files(add: Any, run: Path, tmp_path: Path) -> None:
+    added_one(add, run, tmp_path, NEW)
+    shutil.rmtree(run / "before_adding")
+    refused(
+        add("--undo"),
+        f"nothing to undo: labels were added to {run} by an earlier version, which kept the old "
+        "files as FILE.orig: copy these back by hand",
+    )
+
+
+def test_undo_goes_with_a_run_alone(
+    add: Any, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = snapshot(run)
+    for words in (["--into-run", str(run), "--undo", "--dry-run"], ["--undo", "--output", "o.pt"]):
+        with pytest.raises(SystemExit) as usage:
+            script.main(words)
+        assert usage.value.code == 2
+        said = "error: --undo goes with --into-run DIR, and with nothing else but --quiet\n"
+        assert capsys.readouterr().err.endswith(said)
+    assert snapshot(run) == before
 
 
 def test_new_labels_are_added_and_known_ones_stay_bit_identical(add: Any, run: Path) -> None:
@@ -552,8 +683,8 @@ def test_new_labels_are_added_and_known_ones_stay_bit_identical(add: Any, run: P
         "labels    2 (1 control, 1 exact)",
         "from      wanted.h5ad (3 labels)",
         "source    table.pt (50 genes x 8)",
-        f"the map of before is kept as {run}/pert_onehot_map.pt.orig",
         f"added     1 label to {run}: {NEW}",
+        f"undo      create-esm-pert-features --into-run {run} --undo",
         f"predict   state tx infer --model-dir {run} --checkpoint {run}/checkpoints/final.ckpt "
         "--pert-col target_gene --adata wanted.h5ad --output prediction.h5ad",
     ]
@@ -562,7 +693,7 @@ def test_new_labels_are_added_and_known_ones_stay_bit_identical(add: Any, run: P
         assert list(content) == [*old, NEW]
         assert all(torch.equal(content[label], old[label]) for label in old)
         assert torch.equal(content[NEW], table()[NEW])
-    assert (run / "pert_onehot_map.pt.orig").read_bytes() == old_map
+    assert (run / "before_adding/1/pert_onehot_map.pt").read_bytes() == old_map
     manifest = read_manifest(run / "pert_features.pt")
     assert manifest is not None
     assert manifest["trained_features_sha256"] == trained_on["features_sha256"]
@@ -579,17 +710,6 @@ def test_new_labels_are_added_and_known_ones_stay_bit_identical(add: Any, run: P
     again = add("--adata", "wanted.h5ad")
     assert again.err == f"up to date: {run} knows all of these labels\n"
     assert (again.code, snapshot(run)) == (0, before)
-
-
-def test_every_old_map_is_kept(add: Any, run: Path, tmp_path: Path) -> None:
-    maps = []
-    for i in range(3):
-        maps.append((run / "pert_onehot_map.pt").read_bytes())
-        (tmp_path / "genes.txt").write_text(f"SIMEXTRA00{i}\n")
-        assert add("--gene-list", tmp_path / "genes.txt").code == 0
-    names = ["pert_onehot_map.pt.orig", "pert_onehot_map.pt.orig.1", "pert_onehot_map.pt.orig.2"]
-    assert [(run / n).read_bytes() for n in names] == maps
-    assert len({len(load(run / n)) for n in names}) == 3
 
 
 def test_prediction_of_an_added_gene_is_that_of_a_map_that_always_had_it(
@@ -667,7 +787,7 @@ def test_run_that_was_cut_off_between_its_two_files_is_mended(add: Any, run: Pat
     (run / "pert_onehot_map.pt").write_bytes(old)
     assert add("--adata", "wanted.h5ad", "--dry-run").code == 1
     assert (
-        add("--adata", "wanted.h5ad").err.splitlines()[-2] == f"added     1 label to {run}: {NEW}"
+        add("--adata", "wanted.h5ad").err.splitlines()[-3] == f"added     1 label to {run}: {NEW}"
     )
     assert load(run / "pert_onehot_map.pt").keys() == whole.keys()
 
@@ -946,15 +1066,15 @@ def test_a_run_of_an_earlier_version_goes_on_and_says_so_once(
 
 # Only how long it waits is another than the script's: however long the others take to begin.
 PATIENTLY = (
-    "from state_esm_features.training import new_labels\n"
-    f"new_labels.WAIT_SECONDS = {PATIENCE}\n"
+    "from state_esm_features.training import undo\n"
+    f"undo.WAIT_SECONDS = {PATIENCE}\n"
     "sys.exit(create_esm_pert_features.main(sys.argv[1:]))"
 )
 
 
 def test_several_processes_add_to_one_run(run: Path, tmp_path: Path) -> None:
     """All of them have their vectors and wait for the run, which is let go when they do."""
-    assert new_labels.WAIT_SECONDS == 60
+    assert undo.WAIT_SECONDS == 60
     waits = f"waiting for at most {PATIENCE} s: process {os.getpid()} on {platform.node()}, since "
     ours = [f"SIMEXTRA00{i}" for i in range(4)]
     processes = []
@@ -988,7 +1108,7 @@ def test_several_processes_add_to_one_run(run: Path, tmp_path: Path) -> None:
 def test_run_that_trains_is_left_alone(
     add: Any, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(new_labels, "WAIT_SECONDS", 0.1)
+    monkeypatch.setattr(undo, "WAIT_SECONDS", 0.1)
     before = snapshot(run)
     with run_lock(run):
         done = add("--adata", "wanted.h5ad")

@@ -18,16 +18,13 @@ from state_esm_features.embedding.features import resolve_labels
 from state_esm_features.embedding.labels import Labels
 from state_esm_features.embedding.report import summary
 from state_esm_features.embedding.vectors import Resolved, identical, note_identical
-from state_esm_features.files import keep, run_lock, sha256_of, staged
+from state_esm_features.files import run_lock, sha256_of, staged
 from state_esm_features.option_groups import FeatureOptions, alias_pair
+from state_esm_features.training import undo
 from state_esm_features.training.trained_run import TrainedRun, aliases_of_user
 
 if TYPE_CHECKING:
     import torch
-
-
-WAIT_SECONDS = 60
-"""How long to wait for another process that adds labels to the same run."""
 
 
 def check_same_model(
@@ -142,12 +139,12 @@ def add_to_run(
 ) -> list[str]:
     """Extend a run's features and its map by what they do not hold now; returns these labels.
 
-    What is known stays bit for bit. The features of the run come first, then its map, so that a
-    run that was cut off in between is mended by the next call.
+    What is known stays bit for bit, and the old files are kept for --undo. The features of the run
+    come first, then its map, so that a run that was cut off in between is mended by the next call.
     """
     import torch
 
-    with run_lock(run.folder, "adding labels to", WAIT_SECONDS):
+    with run_lock(run.folder, "adding labels to", undo.WAIT_SECONDS):
         features, in_map = run.vectors(run.features), run.vectors(run.map_path)
         known = run.known(in_map, features)
         new = {label: vector for label, vector in vectors.items() if label not in features}
@@ -155,13 +152,11 @@ def add_to_run(
         missing = {label: v for label, v in features.items() if label not in known}
         if not missing:
             return []
+        undo.keep_state(run)
         with staged(run.map_path, lambda f: torch.save({**in_map, **missing}, f)):
-            notes.line(f"the map of before is kept as {keep(run.map_path)}")
             if new and resolved:
                 before = run.manifest()
                 described = features_file.build_manifest(resolved, features, command, "")
-                keep(run.features)
-                keep(features_file.manifest_path(run.features))
                 extended = partial(extended_manifest, before, described, list(new), features)
                 features_file.write_features(run.features, features, extended, notes)
     return list(missing)
