@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import signal
+import socket
 import subprocess
 import sys
 import termios
@@ -243,19 +244,6 @@ def summary(folder: Path) -> str:
     )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def unreachable(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[tuple[Path, subprocess.Popen[str]]]:
-    """A run without a network, started first: the client tries for 23 seconds."""
-    folder = tmp_path_factory.mktemp("unreachable")
-    process = start(folder, "http://127.0.0.1:9", bytes(24_000_000))
-    yield folder, process
-    if process.poll() is None:
-        process.kill()
-    process.communicate()
-
-
 def test_the_table_is_downloaded_once_and_that_is_said_before_it_starts(
     tmp_path: Path, hub: Hub, run: Run
 ) -> None:
@@ -413,13 +401,20 @@ def test_the_hub_offline_by_choice_is_an_error(tmp_path: Path, hub: Hub, run: Ru
     assert hub.asked == [] and nothing_written(tmp_path)
 
 
-def test_no_network_is_an_error(unreachable: tuple[Path, subprocess.Popen[str]]) -> None:
-    folder, process = unreachable
-    assert finish(process) == Result(
-        1,
-        "",
-        announcement(folder)
-        + "error: cannot download protein_embeddings.pt: the Hugging Face hub cannot be reached. "
-        f"{ADVICE}\n",
-    )
-    assert nothing_written(folder)
+@pytest.mark.parametrize("accepts", [False, True])
+def test_a_hub_that_cannot_be_reached_is_one_line_at_once(tmp_path: Path, accepts: bool) -> None:
+    """Where nothing listens, and where what listens never answers: the client tries for minutes."""
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        if accepts:
+            silent.listen()
+        endpoint = "http://{}:{}".format(*silent.getsockname())
+        patience = {"HF_HUB_ETAG_TIMEOUT": "1", "HF_HUB_VERBOSITY": "warning"}
+        assert finish(start(tmp_path, endpoint, bytes(24_000_000), **patience)) == Result(
+            1,
+            "",
+            announcement(tmp_path)
+            + "error: cannot download protein_embeddings.pt: the Hugging Face hub cannot be "
+            f"reached. {ADVICE}\n",
+        )
+    assert nothing_written(tmp_path)

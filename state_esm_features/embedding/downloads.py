@@ -20,6 +20,9 @@ from state_esm_features.option_groups import (
     ESM2_WIDTHS,
 )
 
+HUB_SECONDS = 8
+"""How long the Hugging Face hub may take to answer."""
+
 
 def arc_table_path(dry_run: bool, for_run: bool = False) -> Path | None:
     """Arc's published table, from the Hugging Face cache or downloaded into it once.
@@ -67,8 +70,9 @@ def _download_arc_table(for_run: bool) -> Path:
     instead = f"pass {'this' if for_run else 'a'} table with --esm-embeddings FILE"
     advice = f"Run again when it can be reached, or {instead}"
     try:
+        require_hub()
         return Path(huggingface_hub.hf_hub_download(ARC_REPOSITORY, ARC_FILE))
-    except errors.LocalEntryNotFoundError as error:
+    except (ConnectionError, errors.LocalEntryNotFoundError) as error:
         raise InputError(
             f"cannot download {ARC_FILE}: the Hugging Face hub cannot be reached. {advice}"
         ) from error
@@ -81,6 +85,30 @@ def _download_arc_table(for_run: bool) -> Path:
         raise InputError(
             f"cannot download {ARC_FILE}: {type(error).__name__}: {first_line(error)}. {advice}"
         ) from error
+
+
+def require_hub() -> None:
+    """Ask the hub for the table once: its client would try for minutes, with a line for each time.
+
+    Raises
+    ------
+    ConnectionError
+        No answer, for HF_HUB_ETAG_TIMEOUT seconds if that is set. What the answer is, is left to
+        the download.
+    """
+    import huggingface_hub
+    from huggingface_hub import constants, errors
+
+    by_user = "HF_HUB_ETAG_TIMEOUT" in os.environ
+    url = huggingface_hub.hf_hub_url(ARC_REPOSITORY, ARC_FILE)
+    try:
+        huggingface_hub.get_hf_file_metadata(
+            url, timeout=constants.HF_HUB_ETAG_TIMEOUT if by_user else HUB_SECONDS
+        )
+    except errors.HfHubHTTPError:
+        pass
+    except Exception as error:  # whatever the HTTP client under huggingface_hub raises
+        raise ConnectionError(first_line(error)) from error
 
 
 def weights_path(model: str, dry_run: bool) -> Path | None:
