@@ -73,6 +73,7 @@ from state_esm_features.training.processes import follows, one_launch, repeat_ha
 from state_esm_features.training.progress import Training
 from state_esm_features.training.run_dir import (
     OR_ANOTHER,
+    changed_since,
     close_record,
     decide,
     earlier_run,
@@ -141,7 +142,7 @@ def plan_and_train(
     notes.say()
     plan = make_plan(options, run_dir, earlier, manifest, place, notes)
     notes.line(describe(plan))
-    how = decide(plan, notes)
+    how = decide(run_dir, plan.earlier, changed_since(plan), plan.options.run, notes)
     if options.run.dry_run:
         once = "" if named else ", once its features are made"
         notes.line(f"dry run ({how}): nothing written. The stock command for it{once}:")
