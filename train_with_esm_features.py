@@ -38,7 +38,7 @@ configuration: same data module, same model, same weights as `state tx train`.
 
 Written: OUTPUT_DIR/NAME in the layout of `state tx train`, and beside that pert_features.pt (the
 features it uses, with manifest), config.toml (with absolute paths), run.json (the record of the
-run) and train.log (what the stock training prints). The path is printed on stdout.
+run) and train.log (what State and its libraries say). The path is printed on stdout.
 
 Exit codes: 0 done or up to date, 1 bad data or failed run, 2 usage, 75 another process holds the
 run, 130/143 stopped by a signal.
@@ -175,7 +175,7 @@ def train_in(plan: Plan, how: str, notes: console.Notes) -> None:
         make_copies(plan.fast, plan.data.columns)
     notes.line(f"stock     {plan.stock_command()}")
     record = start(plan, how, notes)
-    notes.line(f"training; what stock prints goes to {plan.run_dir / 'train.log'}")
+    notes.line(f"training; what State and its libraries say goes to {plan.run_dir / 'train.log'}")
     notes.say()
     state = Training(plan.run_dir, plan.stock["training"]["max_steps"])
     state.first = state.step = record["starts"][-1]["from_step"]
