@@ -64,7 +64,7 @@ def short(words: Sequence[object]) -> str:
     typed = [str(w) for w in words]
     typed = [os.path.relpath(w) if Path(w).is_absolute() else w for w in typed]
     typed[0] = Path(typed[0]).name  # python, state
-    return textwrap.shorten(shlex.join(typed), 74, placeholder=" ...", break_on_hyphens=False)
+    return textwrap.shorten(shlex.join(typed), 70, placeholder=" ...", break_on_hyphens=False)
 
 
 def run(number: int, what: str, *words: object, steps: int = 0, run_dir: Path = FOLDER) -> None:

@@ -156,7 +156,7 @@ def test_a_step_is_one_line_and_what_it_says_is_in_its_log(
     run_demo.run(2, "try this", sys.executable, "-c", code)
     said = capfd.readouterr()
     assert re.fullmatch(r"2 of 7  try this +\$ python\S* -c .*\.\.\.\n", said.out)
-    assert said.err == "" and len(said.out) <= 110
+    assert said.err == "" and len(said.out) <= 100
     assert (here / "demo/logs/2.log").read_text().splitlines()[1:] == ["out", "err"]
 
 
