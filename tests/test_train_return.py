@@ -1200,11 +1200,11 @@ def test_terminal_is_shown_a_bar(begin: Start, tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------
 
 
-def test_cron_recipe_of_the_readme_trains_and_then_says_up_to_date(
+def test_cron_recipe_of_the_docs_trains_and_then_says_up_to_date(
     folder: Path, tmp_path: Path
 ) -> None:
-    readme = (ROOT / "README.md").read_text()
-    script = readme.split("### Cron\n")[1].split("```bash\n")[1].split("```")[0]
+    page = (ROOT / "docs" / "cron_and_slurm.md").read_text()
+    script = page.split("## Cron\n")[1].split("```bash\n")[1].split("```")[0]
     assert script.startswith("#!/bin/sh\n")
     here = copy_of(folder, tmp_path / "screen")
     (here / "config.toml").rename(here / "my.toml")

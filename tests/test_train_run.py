@@ -207,14 +207,13 @@ def test_two_datasets_train_the_same_weights_every_time(tmp_path: Path) -> None:
     screens = {f"sim{n}": replace(SMALL, seed=n) for n in range(4)}  # in another order, other cells
     folder = make_screen(tmp_path, screens)
     weights = []
-    for name in ("a", "b", "c"):  # each is begun anew by the script itself
+    for name in ("a", "b"):  # each is begun anew by the script itself; by chance alike: 1 in 24
         words = (*FILES, *FAST, "--max-steps", 2, "--name", name, *TINY)
         done = run_script("train_with_esm_features", *words, cwd=folder, before=NO_HASH_SEED)
         assert done.code == 0, done.err
         weights.append(checkpoint(folder / "runs" / name, "final")["state_dict"])
         assert run_json(folder / "runs" / name)["python_hash_seed"] == "0"
     assert_same_bits(weights[0], weights[1])
-    assert_same_bits(weights[0], weights[2])
 
 
 def test_one_function_of_stock_is_wrapped_only_while_it_trains(
