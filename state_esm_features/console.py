@@ -125,8 +125,8 @@ def libraries_into(file: TextIO) -> Iterator[None]:
     A library that is imported meanwhile takes `file` for stderr, and gets stderr back at the end.
     """
     before = {handler: handler.stream for handler in _handlers_of_libraries()}
-    for handler in before:
-        handler.setStream(file)
+    for handler in before:  # not by setStream, which fails where a notebook closed the old stream
+        handler.stream = file
     stderr = sys.stderr
     try:
         with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
@@ -134,7 +134,7 @@ def libraries_into(file: TextIO) -> Iterator[None]:
     finally:
         for handler in _handlers_of_libraries():
             if handler.stream is file:
-                handler.setStream(before.get(handler, stderr))
+                handler.stream = before.get(handler, stderr)
 
 
 @contextlib.contextmanager

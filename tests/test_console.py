@@ -138,3 +138,19 @@ def test_what_libraries_say_goes_into_a_file_and_our_own_words_do_not(
     assert messages.getvalue().splitlines()[2:] == ["after", "after"]
     early.handlers.clear()
     late.handlers.clear()
+
+
+def test_libraries_whose_stream_was_closed_are_logged_all_the_same() -> None:
+    """A notebook, or a test, gives each cell a stderr of its own."""
+    closed, file = io.StringIO(), io.StringIO()
+    logger = logging.getLogger("lightning")
+    handler = logging.StreamHandler(closed)
+    closed.close()
+    logger.addHandler(handler)
+    try:
+        with libraries_into(file):
+            logger.warning("a tip")
+        assert handler.stream is closed
+    finally:
+        logger.removeHandler(handler)
+    assert "a tip\n" in file.getvalue()
