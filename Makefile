@@ -12,7 +12,7 @@ AT_ONCE := -n 2 --dist worksteal
 .PHONY: demo demo-data docs evaluate test test-slow test-today test-gpu bench-gpu check clean
 
 demo: $(VENV)/installed
-	$(BIN)/python tests/run_demo.py
+	@$(BIN)/python tests/run_demo.py
 
 demo-data: $(VENV)/installed
 	$(BIN)/python tests/demo_data.py demo
@@ -52,10 +52,10 @@ test-today:
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 found; name one: make PYTHON=/path/to/python3.11"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
-	@echo "installing into $(VENV): some minutes and gigabytes the first time"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) -e '.[test]'
-	touch $@
+	@echo "installing State and PyTorch into $(VENV): minutes and gigabytes, this first time only"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) -e '.[test]'
+	@touch $@
 
 clean:
 	rm -rf .venv .venv-* demo build *.egg-info

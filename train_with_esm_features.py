@@ -38,7 +38,7 @@ configuration: same data module, same model, same weights as `state tx train`.
 
 Written: OUTPUT_DIR/NAME in the layout of `state tx train`, and beside that pert_features.pt (the
 features it uses, with manifest), config.toml (with absolute paths), run.json (the record of the
-run) and train.log (what the stock training prints). The path is printed on stdout.
+run) and train.log (what State and its libraries say). The path is printed on stdout.
 
 Exit codes: 0 done or up to date, 1 bad data or failed run, 2 usage, 75 another process holds the
 run, 130/143 stopped by a signal.
@@ -73,6 +73,7 @@ from state_esm_features.training.processes import follows, one_launch, repeat_ha
 from state_esm_features.training.progress import Training
 from state_esm_features.training.run_dir import (
     OR_ANOTHER,
+    changed_since,
     close_record,
     decide,
     earlier_run,
@@ -140,7 +141,7 @@ def plan_and_train(
     notes.say()
     plan = make_plan(options, run_dir, earlier, manifest, place, notes)
     notes.line(describe(plan))
-    how = decide(plan, notes)
+    how = decide(run_dir, plan.earlier, changed_since(plan), plan.options.run, notes)
     if options.run.dry_run:
         once = "" if named else ", once its features are made"
         notes.line(f"dry run ({how}): nothing written. The stock command for it{once}:")
@@ -172,7 +173,7 @@ def train_in(plan: Plan, how: str, notes: console.Notes) -> None:
     if plan.fast:
         make_copies(plan.fast, plan.data.columns)
     record = start(plan, how, notes)
-    notes.line(f"training; what State prints goes to {plan.run_dir / 'train.log'}")
+    notes.line(f"training; what State and its libraries say goes to {plan.run_dir / 'train.log'}")
     notes.say()
     state = Training(plan.run_dir, plan.stock["training"]["max_steps"])
     state.first = state.step = record["starts"][-1]["from_step"]

@@ -117,29 +117,30 @@ def start_log(quiet: bool) -> None:
     log.setLevel(logging.WARNING if quiet else logging.INFO)
 
 
-def messages_to() -> TextIO:
-    """Where messages go: stderr, also while that is led elsewhere."""
-    return log.handlers[0].stream if log.handlers else sys.stderr  # type: ignore[attr-defined]
-
-
-def move_logs(streams: Sequence[TextIO], target: TextIO) -> None:
-    """Let the loggers of other code write to `target` instead of these streams."""
-    for logger in (logging.root, *logging.root.manager.loggerDict.values()):
-        for handler in getattr(logger, "handlers", ()) if logger is not log else ():
-            if isinstance(handler, logging.StreamHandler) and handler.stream in streams:
-                handler.setStream(target)
+def _handlers_of_libraries() -> list[logging.StreamHandler[TextIO]]:
+    """Those that write to a standard stream, of every logger but ours."""
+    loggers = [logging.root, *logging.root.manager.loggerDict.values()]
+    found = [h for x in loggers if x is not log for h in getattr(x, "handlers", ())]
+    return [h for h in found if type(h) is logging.StreamHandler]
 
 
 @contextlib.contextmanager
-def others_print_to(file: TextIO) -> Iterator[None]:
-    """What other code prints, warns of and logs goes to a file; what this module says does not."""
-    streams = (sys.stdout, sys.stderr)
-    with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-        move_logs(streams, file)
-        try:
+def libraries_into(file: TextIO) -> Iterator[None]:
+    """What libraries print, warn of and log goes into `file`; our own messages stay where they are.
+
+    A library that is imported meanwhile takes `file` for stderr, and gets stderr back at the end.
+    """
+    before = {handler: handler.stream for handler in _handlers_of_libraries()}
+    for handler in before:  # not by setStream, which fails where a notebook closed the old stream
+        handler.stream = file
+    stderr = sys.stderr
+    try:
+        with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
             yield
-        finally:
-            move_logs([file], streams[1])  # also those that began meanwhile
+    finally:
+        for handler in _handlers_of_libraries():
+            if handler.stream is file:
+                handler.stream = before.get(handler, stderr)
 
 
 @contextlib.contextmanager
@@ -269,12 +270,26 @@ class Findings(Notes):
 
 
 class Bar:
-    """Progress on stderr: a bar on a terminal, else a line a minute."""
+    """Progress where messages go: a bar on a terminal, else a line a minute.
+
+    Parameters
+    ----------
+    warm_up
+        Units that may be slower than the rest: there is no time left before they are done.
+    """
 
     SECONDS = 60
+    WARMING_UP = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]"
+    """tqdm's own form, without the time left."""
 
     def __init__(
-        self, total: int, what: str, unit: str, initial: int = 0, scale: bool = False
+        self,
+        total: int,
+        what: str,
+        unit: str,
+        initial: int = 0,
+        scale: bool = False,
+        warm_up: int = 0,
     ) -> None:
         from tqdm import tqdm
 
@@ -286,9 +301,11 @@ class Bar:
             unit=unit,
             unit_scale=scale,
             disable=quiet,
-            file=messages_to(),
+            file=next((getattr(h, "stream", None) for h in log.handlers), None),
+            bar_format=self.WARMING_UP if warm_up else None,
         )
         self.what, self.unit, self.scale = what, unit, scale
+        self.warm = initial + min(warm_up, total - initial)
         self.total, self.done, self.initial = total, initial, initial
         self.start, self.said = time.monotonic(), float("-inf")
 
@@ -296,6 +313,8 @@ class Bar:
         """`n` more units are done."""
         raise_if_stopped()
         self.done += n
+        if self.done >= self.warm:
+            self.bar.bar_format = None
         self.bar.set_postfix_str(notes, refresh=False)
         self.bar.update(n)
         moment = time.monotonic()
@@ -303,14 +322,17 @@ class Bar:
             return
         self.said = moment
         rate = (self.done - self.initial) / max(moment - self.start, 1e-9)
-        left = self.bar.format_interval((self.total - self.done) / rate) if rate else "?"
+        left = f", {self._time_left(rate)} left" if self.done >= self.warm else ""
         done, total = (
             self.bar.format_sizeof(x) if self.scale else f"{x:,}" for x in (self.done, self.total)
         )
         speed = f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
         speed = f"{self.bar.format_sizeof(rate)}B/s" if self.scale else f"{speed} {self.unit}s/s"
         notes = f"{notes}, " if notes else ""
-        log.info("%s %s of %s, %s%s, %s left", self.what, done, total, notes, speed, left)
+        log.info("%s %s of %s, %s%s%s", self.what, done, total, notes, speed, left)
+
+    def _time_left(self, rate: float) -> str:
+        return self.bar.format_interval((self.total - self.done) / rate) if rate else "?"
 
     def close(self) -> None:
         self.bar.close()

@@ -1,14 +1,26 @@
-"""How a command ends: signals, whatever Python is doing when they come."""
+"""How a command ends, what it says of its progress, and where other code's words go."""
 
 from __future__ import annotations
 
+import io
+import logging
 import os
 import signal
+import sys
 import weakref
+from collections.abc import Callable, Iterator
 
 import pytest
 
-from state_esm_features.console import exit_code, raise_if_stopped
+from state_esm_features.console import (
+    Bar,
+    announce,
+    exit_code,
+    libraries_into,
+    log,
+    raise_if_stopped,
+    start_log,
+)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -38,3 +50,107 @@ def test_a_stop_of_another_command_in_this_process_is_over(
         return 0
 
     assert exit_code(step) == 0
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+Start = Callable[[io.StringIO], io.StringIO]
+
+
+@pytest.fixture
+def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
+    """Say messages on this stderr."""
+
+    def on(stream: io.StringIO) -> io.StringIO:
+        monkeypatch.setattr(sys, "stderr", stream)
+        start_log(quiet=False)
+        return stream
+
+    before = log.handlers[:]
+    yield on
+    log.handlers[:] = before
+
+
+def test_no_time_left_is_said_before_five_steps_are_done(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    messages = start(io.StringIO())
+    monkeypatch.setattr(Bar, "SECONDS", -1)  # each step is said
+    bar = Bar(20, "step", "step", initial=10, warm_up=5)
+    for _ in range(10):
+        bar.add(1)
+    said = messages.getvalue().splitlines()
+    assert [line.split(",")[0] for line in said] == [f"step {n} of 20" for n in range(11, 21)]
+    assert [line.endswith(" left") for line in said] == [n >= 15 for n in range(11, 21)]
+
+
+def test_a_bar_on_a_terminal_has_no_time_left_before_five_steps_either(
+    start: Start,
+) -> None:
+    terminal = start(Terminal())
+    bar = Bar(20, "step", "step", warm_up=5)
+    bar.bar.mininterval = 0
+    shown = []
+    for _ in range(8):
+        terminal.truncate(0)
+        bar.add(1)
+        bar.bar.refresh()
+        shown.append("<" in terminal.getvalue())
+    bar.close()
+    assert shown == [False] * 4 + [True] * 4
+
+
+def test_of_few_steps_the_last_one_has_a_time_left(start: Start) -> None:
+    messages = start(io.StringIO())
+    bar = Bar(2, "step", "step", warm_up=5)
+    bar.add(1)
+    bar.add(1)
+    first, last = messages.getvalue().splitlines()
+    assert not first.endswith(" left") and last.endswith(", 00:00 left")
+
+
+def test_what_libraries_say_goes_into_a_file_and_our_own_words_do_not(
+    start: Start,
+) -> None:
+    messages = start(io.StringIO())
+    early, late = logging.getLogger("a.library"), logging.getLogger("another.library")
+    early.addHandler(logging.StreamHandler())
+    file = io.StringIO()
+    with libraries_into(file):
+        late.addHandler(logging.StreamHandler())
+        for logger in (early, late):
+            logger.warning("said by %s", logger.name)
+        print("printed")
+        print("warned", file=sys.stderr)  # as Python shows warnings
+        announce("ours")
+        Bar(1, "step", "step").add(1)
+    kept = file.getvalue()
+    for text in ("said by a.library", "said by another.library", "printed", "warned"):
+        assert kept.count(text) == 1
+    own = messages.getvalue().splitlines()
+    assert own[0] == "ours" and own[1].startswith("step 1 of 1") and len(own) == 2
+    file.close()
+    early.warning("after")
+    late.warning("after")
+    assert messages.getvalue().splitlines()[2:] == ["after", "after"]
+    early.handlers.clear()
+    late.handlers.clear()
+
+
+def test_libraries_whose_stream_was_closed_are_logged_all_the_same() -> None:
+    """A notebook, or a test, gives each cell a stderr of its own."""
+    closed, file = io.StringIO(), io.StringIO()
+    logger = logging.getLogger("lightning")
+    handler = logging.StreamHandler(closed)
+    closed.close()
+    logger.addHandler(handler)
+    try:
+        with libraries_into(file):
+            logger.warning("a tip")
+        assert handler.stream is closed
+    finally:
+        logger.removeHandler(handler)
+    assert "a tip\n" in file.getvalue()

@@ -23,6 +23,7 @@ import create_esm_pert_features
 import state_esm_features
 import train_with_esm_features
 from state_esm_features.experiment import experiment_problems, load_experiment
+from state_esm_features.option_groups import PERT_COLUMNS
 
 SCRIPTS = {
     "create_esm_pert_features": create_esm_pert_features,
@@ -122,7 +123,7 @@ def test_make_targets_that_are_named_exist() -> None:
         for text in PAGES.values()
         for target in re.findall(r"(?:`|^)make ([a-z][a-z-]*)", text, re.MULTILINE)
     }
-    assert targets == {"demo", "docs", "evaluate", "test"}
+    assert targets == {"bench-gpu", "demo", "docs", "evaluate", "test"}
     assert all(f"\n{target}:" in makefile for target in targets)
 
 
@@ -132,11 +133,13 @@ def test_texts_of_the_troubleshooting_page_are_those_of_messages() -> None:
     assert len(texts) > 8
     code = "".join(path.read_text() for path in CODE)
     code = re.sub(r'"\s*\n\s*f?"', "", code)  # messages run over lines
-    for text in texts:
-        parts = text.replace("has no embedding", "no embedding").replace(
-            "have no embedding", "no embedding"
-        )
-        assert parts in code, text
+    for text in texts:  # a verb is chosen by the number
+        assert re.sub("^(has|have) no embedding$", "no embedding ", text) in code, text
+
+
+def test_columns_that_are_looked_for_are_all_named() -> None:
+    for column in PERT_COLUMNS:
+        assert f"`{column}`" in PAGES["labels.md"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

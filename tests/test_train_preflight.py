@@ -19,7 +19,6 @@ import pandas as pd
 import pytest
 import scipy.sparse
 import torch
-from cell_load.config import ExperimentConfig
 from conftest import SMALL, Result
 from h5ad_forms import OLD_PANDAS, SETTING, nullable
 from toml_mistakes import TOML_MISTAKES, write_mistake
@@ -30,9 +29,8 @@ from state_esm_features.files import available_memory
 from state_esm_features.h5ad import gene_names
 from state_esm_features.option_groups import BATCH_COLUMNS
 from state_esm_features.training import preflight
-from state_esm_features.training.data import Columns, Data, DataFile
 from state_esm_features.training.model_check import try_model
-from state_esm_features.training.preflight import check_disk, choose_workers, inspect_data
+from state_esm_features.training.preflight import check_disk, inspect_data
 from state_esm_features.training.stock import compose
 
 Train = Callable[..., Result]
@@ -1486,49 +1484,15 @@ def workers_of(done: Result) -> int:
     return int(found[0])
 
 
-@pytest.mark.parametrize(("cores", "expected"), [(1, 1), (3, 3), (12, 12), (64, 12)])
-def test_workers_are_at_most_the_cores_and_twelve(
-    accepted: Accepted, monkeypatch: pytest.MonkeyPatch, cores: int, expected: int
+def test_workers_are_chosen_from_what_the_machine_has_now(
+    accepted: Accepted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    machine(monkeypatch, cores, 2**60)
-    assert workers_of(accepted()) == expected
-
-
-# a worker of this screen: 312 cached rows and 4 batches of 16 sets of 128 + 128 cells, x 30 genes
-ONE_WORKER = 4 * 30 * (312 + 4 * 16 * 256)
-
-
-@pytest.mark.parametrize(
-    ("memory", "expected"),
-    [(20 * ONE_WORKER, 5), (20 * ONE_WORKER - 1, 4), (4 * ONE_WORKER - 1, 0), (-(10**6), 0)],
-)
-def test_workers_fit_in_half_of_the_memory_with_those_of_validation(
-    accepted: Accepted, monkeypatch: pytest.MonkeyPatch, memory: int, expected: int
-) -> None:
-    machine(monkeypatch, 64, memory)
-    assert workers_of(accepted()) == expected
-
-
-def test_without_validation_the_memory_is_for_the_training_workers(
-    train: Train, ready: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    toml(ready, TRAIN)
-    machine(monkeypatch, 64, 20 * ONE_WORKER)
-    assert workers_of(train()) == 10
-
-
-def test_a_worker_caches_at_most_ten_thousand_rows() -> None:
-    cells = np.array([[10**6]])
-    one = DataFile(*("d", Path("x"), ["a"], ["t"], cells, [], 18_080, True, True, {}, frozenset()))
-    columns = Columns("p", "b", "t", CONTROL)
-    data = Data(ExperimentConfig({}, {}, {}, {}), columns, [one])
-    stock = compose(["model=state_sm", "training.batch_size=1"])
-    each = 4 * 18_080 * (10_000 + 4 * 256)
-    with pytest.MonkeyPatch.context() as patch:
-        machine(patch, 64, 2 * 7 * each)
-        assert choose_workers(stock, data) == 7
-        machine(patch, 64, 2 * 7 * each - 1)
-        assert choose_workers(stock, data) == 6
+    """By the rule that tests/training/test_preflight.py holds."""
+    each = 4 * 30 * (312 + 4 * 16 * 256)  # all cells, and 4 batches of sets of 128 + 128
+    machine(monkeypatch, 64, 20 * each)
+    assert workers_of(accepted()) == 5
+    machine(monkeypatch, 3, 20 * each)
+    assert workers_of(accepted()) == 3
 
 
 def test_number_of_workers_that_was_given_is_kept(

@@ -323,17 +323,18 @@ def test_signal_before_the_first_step_ends_at_once_and_the_run_can_be_resumed(
     begin: Start, tmp_path: Path, workers: int, signals: dict[str, tuple[str, bool]]
 ) -> None:
     """Sent when train.log says so; the first step waits for it, however late that is."""
-    run_dir = tmp_path / "runs/run"
+    run_dir, log = tmp_path / "runs/run", tmp_path / "runs/run/train.log"
     flags = ("--max-steps", 1, "--val-freq", 1, "--num-workers", workers, "--resume")
     for text, (name, group) in signals.items():
+        log.unlink(missing_ok=True)
         run = begin(*flags, code=gated("setup", tmp_path))
-        log = run_dir / "train.log"
-        run.until(lambda text=text, log=log: log.exists() and text in log.read_text())
+        run.until(lambda text=text: log.exists() and text in log.read_text())
         run.send(getattr(signal, name), group)
 
-        def lost(log: Path = log) -> bool:
+        def lost(run: Run = run) -> bool:
             """Python drops what is raised in some call-backs, and the gate would wait for ever."""
-            return "Exception ignored in" in log.read_text() and (tmp_path / "at-gate").exists()
+            said = run.err + log.read_text()
+            return "Exception ignored in" in said and (tmp_path / "at-gate").exists()
 
         until(lambda run=run, lost=lost: not run.running() or lost())
         assert not run.running(), run.err
@@ -343,7 +344,6 @@ def test_signal_before_the_first_step_ends_at_once_and_the_run_can_be_resumed(
         assert "saved step" not in run.err
         assert (run_json(run_dir)["status"], run_json(run_dir)["steps"]) == ("stopped", 0)
         assert not list(run_dir.glob("checkpoints/*"))
-        log.unlink()
     run = begin(*flags)
     assert_finished(run, run_dir, 1)
     assert f"no checkpoint in {run_dir} yet: training starts at step 0" in run.lines
@@ -361,7 +361,9 @@ def test_signal_while_the_script_still_imports_ends_with_the_same_exit_code(
         )
     try:
         said = tmp_path / "err"
-        until(lambda: "training; what State prints" in said.read_text(), process, said)
+        until(
+            lambda: "training; what State and its libraries say" in said.read_text(), process, said
+        )
         os.killpg(process.pid, signal.SIGINT)
         assert process.wait(PATIENCE) == 130
     finally:
@@ -778,7 +780,7 @@ def test_damaged_checkpoints_are_named_and_the_best_other_one_goes_on(
     last = four / "checkpoints/last.ckpt"
     code = gated("setup", tmp_path)  # the last step is not taken before the test has looked
     run = begin("--max-steps", 5, "--resume", "--ckpt-every-n-steps", 3, code=code)
-    run.until_said("training; what State prints goes to")
+    run.until_said("training; what State and its libraries say goes to")
     assert checkpoint(four, "last")["global_step"] == step
     restored = checkpoint(four, "last")["state_dict"]
     assert all(torch.equal(restored[k], weights[k]) for k in weights)
@@ -1120,8 +1122,7 @@ def test_progress_is_said_written_down_and_drawn(
     number = r"\d+(\.\d+)?(e[+-]\d+)?"
     said = [line for line in run.lines if line.startswith("step ")]
     assert re.fullmatch(
-        rf"step 5 of 7, loss {number}, \d+% waiting for data, {number} steps/s, \d\d:\d\d left",
-        said[0],
+        rf"step 5 of 7, loss {number}, \d+% waiting for data, {number} steps/s", said[0]
     )
     assert said[-1].startswith("step 7 of 7, loss ") and said[-1].endswith(", 00:00 left")
     text = (four / "progress.csv").read_text()
@@ -1227,10 +1228,8 @@ def test_cron_recipe_trains_and_is_quiet_where_all_is_well(folder: Path, tmp_pat
         assert done.returncode == 0, done.stderr
         assert done.stdout.splitlines()[-1] == f"{here}/runs/nightly"
         ends.append(done.stderr.splitlines())
-    held_out = "warning: [fewshot] holds"
-    assert [all(line.startswith(held_out) for line in lines) for lines in ends] == [True, True], (
-        ends
-    )
+    said = {line for lines in ends for line in lines}  # warnings, not of what goes on
+    assert all(line.startswith("warning: [fewshot] holds") for line in said), ends
     assert checkpoint(here / "runs/nightly", "final")["global_step"] == 2
 
 

@@ -481,7 +481,7 @@ def untrained(
     monkeypatch.setattr(script, "train", lambda state, record: None)
 
     def run(fitting: int, *arguments: object) -> Result:
-        monkeypatch.setattr(plan_module, "choose_workers", lambda stock, data: fitting)
+        monkeypatch.setattr(plan_module, "choose_workers", lambda *_: fitting)
         capsys.readouterr()
         code = script.main([*FILES, "--name", "run", *map(str, arguments)])
         return Result(code, *capsys.readouterr())

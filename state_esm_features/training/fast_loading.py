@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 
 FAST_FORMAT = 1
+"""To be raised with any change of what stands in the copies: those of before are made anew then."""
 
 
 def check_consecutive(data: Data, stock: Mapping[str, Any], found: Findings) -> None:

@@ -23,7 +23,7 @@ from state_esm_features.console import (
     InputError,
     Stopped,
     announce,
-    others_print_to,
+    libraries_into,
     raise_if_stopped,
     some,
 )
@@ -127,7 +127,7 @@ def on_train_start(state: Training, trainer: Any, module: Any) -> None:
     state.started = state.row_moment = time.monotonic()
     state.waited = 0.0  # of the sanity check
     if trainer.is_global_zero:
-        state.bar = Bar(trainer.max_steps, "step", "step", initial=state.first)
+        state.bar = Bar(trainer.max_steps, "step", "step", initial=state.first, warm_up=5)
 
 
 def on_train_batch_start(state: Training, trainer: Any, *_: Any) -> None:
@@ -281,7 +281,7 @@ def our_callbacks(state: Training, step_checkpoints: int | None) -> list[Any]:
 
 
 def train(state: Training, record: Mapping[str, Any]) -> None:
-    """Run State's training; what it prints, and its libraries, goes to train.log of the run.
+    """Run the stock training; what it and its libraries say goes to train.log in the run directory.
 
     Parameters
     ----------
@@ -303,9 +303,9 @@ def train(state: Training, record: Mapping[str, Any]) -> None:
     cfg = OmegaConf.create(compose(record["overrides"]))
     printed = state.run_dir / "train.log" if rank() == 0 else Path(os.devnull)
     with (
-        printed.open("a", encoding="utf-8", buffering=1) as log_file,
+        printed.open("a", buffering=1, encoding="utf-8") as log_file,
         loaders_end_with_us(),
-        others_print_to(log_file),
+        libraries_into(log_file),
         appended_callbacks(our_callbacks(state, record["step_checkpoints"])),
     ):
         try:

@@ -27,7 +27,12 @@ from state_esm_features.training.fast_copies import FastLoading
 from state_esm_features.training.fast_loading import choose_loading, describe_loading
 from state_esm_features.training.features_check import check_features
 from state_esm_features.training.model_check import check_model, data_dims, try_model
-from state_esm_features.training.preflight import check_disk, choose_workers, inspect_data
+from state_esm_features.training.preflight import (
+    check_disk,
+    choose_workers,
+    inspect_data,
+    this_machine,
+)
 from state_esm_features.training.splits import split_table
 from state_esm_features.training.stock import (
     INFER_LOADS,
@@ -309,7 +314,7 @@ def make_plan(
             made, features = make_features(options, data, place, earlier, found)
     if data and data.files:
         settings |= data.columns.settings()
-        settings.setdefault(option_groups.WORKERS, choose_workers(stock, data))
+        settings.setdefault(option_groups.WORKERS, choose_workers(stock, data, this_machine()))
         fast = choose_loading(options.training, resumed, data, stock, run_dir, found)
         if features:
             _, each = try_model(stock, data_dims(data.files, features["width"]))

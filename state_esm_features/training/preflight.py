@@ -14,6 +14,7 @@ import contextlib
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +168,25 @@ def files_of(
     return {} if wrong else files
 
 
-def choose_workers(stock: Mapping[str, Any], data: Data) -> int:
+@dataclass(frozen=True)
+class Machine:
+    """What loader workers share: cores, and free bytes of memory and of shared memory."""
+
+    cores: int
+    memory: int
+    shared: int
+
+
+def this_machine() -> Machine:
+    """What there is now; where nothing is known of shared memory, it is all of the memory."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    memory = shared = available_memory()
+    with contextlib.suppress(OSError):  # Docker's default is 64 MB
+        shared = shutil.disk_usage("/dev/shm").free
+    return Machine(cores or 1, memory, shared)
+
+
+def choose_workers(stock: Mapping[str, Any], data: Data, machine: Machine) -> int:
     """Loader workers for the cores and the memory there are; 0 loads in the main process.
 
     A worker holds 4 batches ahead, in shared memory, and up to 10,000 dense rows unless it loads
@@ -183,8 +202,5 @@ def choose_workers(stock: Mapping[str, Any], data: Data) -> int:
     batch = 2 * stock["training"]["batch_size"] * cells  # perturbed and control cells
     each, shared = 4 * width * (rows + PREFETCH * batch), 4 * width * PREFETCH * batch
     loaders = ranks(stock) * (2 if data.splits["val"] or data.splits["test"] else 1)
-    fitting = available_memory() // 2 // (loaders * each)
-    with contextlib.suppress(OSError):  # Docker's default is 64 MB
-        fitting = min(fitting, shutil.disk_usage("/dev/shm").free // (loaders * shared))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return int(max(0, min((cores or 1) // ranks(stock), STOCK_MAX_WORKERS, fitting)))
+    fitting = min(machine.memory // 2 // (loaders * each), machine.shared // (loaders * shared))
+    return max(0, min(machine.cores // ranks(stock), STOCK_MAX_WORKERS, fitting))

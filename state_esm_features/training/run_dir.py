@@ -19,7 +19,7 @@ from state_esm_features import __version__, files
 from state_esm_features.console import InputError, Notes, count, short, some
 from state_esm_features.embedding.features_file import manifest_path, read_manifest, trained_sha256
 from state_esm_features.experiment import SECTIONS, absolute_paths, toml_text
-from state_esm_features.option_groups import CONSECUTIVE
+from state_esm_features.option_groups import CONSECUTIVE, RunOptions
 from state_esm_features.training.checkpoints import checkpoint_steps, intact
 from state_esm_features.training.fast_loading import fast_paths
 from state_esm_features.training.launch import launch_id
@@ -106,22 +106,30 @@ def earlier_run(run_dir: Path) -> dict[str, Any] | None:
     return record
 
 
-def decide(plan: Plan, notes: Notes) -> str:
-    """'new', 'resume', 'overwrite' or 'up to date'.
+def changed_since(plan: Plan) -> dict[str, str]:
+    """{what: 'before -> now'} of the run that is there; nothing if there is none."""
+    return differences(plan.earlier["identity"], identity(plan)) if plan.earlier else {}
+
+
+def decide(
+    run_dir: Path,
+    earlier: Mapping[str, Any] | None,
+    changed: Mapping[str, str],
+    options: RunOptions,
+    notes: Notes,
+) -> str:
+    """'new', 'resume', 'overwrite' or 'up to date', by the record of the run that is there.
 
     Raises
     ------
     InputError
         There is a run that neither --resume nor --overwrite allows to touch.
     """
-    earlier, options = plan.earlier, plan.options.run
     if earlier is None:
         return "new"
     if options.overwrite:
         return "overwrite"
-    changed = differences(earlier["identity"], identity(plan))
-    finished = earlier["status"] == "finished"
-    if finished and not changed:
+    if earlier["status"] == "finished" and not changed:
         return "up to date"
     listed = "; ".join(f"{k}: {v}" for k, v in list(changed.items())[:5])
     listed += f" and {len(changed) - 5} more" if len(changed) > 5 else ""
@@ -129,7 +137,7 @@ def decide(plan: Plan, notes: Notes) -> str:
     if options.resume:
         if not (resumable or options.force):
             raise InputError(
-                f"{plan.run_dir} was trained otherwise ({listed}); resuming would mix two runs. "
+                f"{run_dir} was trained otherwise ({listed}); resuming would mix two runs. "
                 "--overwrite trains anew, --name NAME makes another run, --force mixes them"
             )
         if not resumable:
@@ -143,7 +151,7 @@ def decide(plan: Plan, notes: Notes) -> str:
         state = f"is not finished ({earlier['status']}, step {earlier.get('steps', 0):,})"
     resume = "goes on with it" if resumable else "cannot mix them"
     raise InputError(
-        f"{plan.run_dir} {state}; --resume {resume}, --overwrite trains anew, "
+        f"{run_dir} {state}; --resume {resume}, --overwrite trains anew, "
         "--name NAME makes another run"
     )
 

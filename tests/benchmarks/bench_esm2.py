@@ -155,6 +155,8 @@ def cached(folder: Path, proteins: int = 20_000, width: int = 1280) -> None:
 
 
 def main() -> None:
+    from torch.backends import cpu
+
     parser = argparse.ArgumentParser()
     parser.add_argument("--models", nargs="*", choices=SHAPES, default=["8M", "35M"])
     parser.add_argument("--proteins", type=int, default=20)
@@ -169,7 +171,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.pt"
             write_checkpoint(path, *SHAPES[name], HEADS)
-            print(f"{name}, {args.proteins} proteins, {args.workers} of {os.cpu_count()} cores")
+            cores = f"{args.workers} of {os.cpu_count()} cores"
+            print(f"{name}, {args.proteins} proteins, {cores}, {cpu.get_cpu_capability()}")
             compare(path, args.proteins, args.workers)
             for run in RUNS:
                 command = [sys.executable, __file__, "--memory", run, str(path)]

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from state_esm_features.console import start_log
+from state_esm_features.console import Notes, start_log
 from state_esm_features.files import write_whole
 from state_esm_features.training.fast_copies import make_copies
 from state_esm_features.training.plan import make_plan
@@ -132,12 +132,12 @@ def write_copies(folder: Path, name: str, layout: str) -> float:
     words += ["--fast-loading", layout, "--data-cache", str(where)]
     args = script.parse(words)
     start_log(quiet=True)
-    plan = make_plan(args, folder / "run", None, None, folder)
+    plan = make_plan(args, folder / "run", None, None, folder, Notes())
     assert plan.fast is not None
     start = time.perf_counter()
     make_copies(plan.fast, plan.data.columns)
     seconds = time.perf_counter() - start
-    (folder / f"{name}_{layout}.toml").write_text(toml_of_run(plan))
+    (folder / f"{name}_{layout}.toml").write_text(toml_of_run(plan, Notes()))
     return seconds
 
 
@@ -321,6 +321,9 @@ def bench_checkpoint(folder: Path) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Everything, in a folder that is deleted afterwards unless it was given."""
+    import torch
+
+    print(f"instruction set: {torch.backends.cpu.get_cpu_capability()}")
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
         if not (folder / "features.pt").exists():
