@@ -1152,11 +1152,11 @@ def test_challenge_path_of_the_readme_runs_as_typed(
     monkeypatch.chdir(tmp_path)
     ran = []
     for words in readme_commands():
-        name = f"{words[1].split('_')[0]} {words[2]}" if words[0] == "python" else words[0]
-        name = f"{words[0]} {words[1]}" if words[0] == "cell-eval" else name
+        ours = words[0].endswith("-features")
+        name = f"{words[0].split('-')[0] if ours else words[0]} {words[1]}"
         rest = [*words[1:], *map(str, more.get(name, ()))]
-        if words[0] == "python":
-            done = run_script(rest[0].removesuffix(".py"), *rest[1:], cwd=tmp_path)
+        if ours:
+            done = run_script(words[0].replace("-", "_"), *rest, cwd=tmp_path)
         elif words[0] == "state":
             done = run_state(*rest, cwd=tmp_path)
         else:
@@ -1165,10 +1165,16 @@ def test_challenge_path_of_the_readme_runs_as_typed(
             done = Result(ended.returncode, ended.stdout, ended.stderr)
         assert done.code == 0, (words, done.err)
         ran.append(name)
-        if name == "state":
+        if words[0] == "state":
             assert "not in mapping" not in done.out
     assert ran == [
-        *("create --from-toml", "train --config", "create --into-run", "state", "cell-eval prep"),
+        *(
+            "create --from-toml",
+            "train --config",
+            "create --into-run",
+            "state tx",
+            "cell-eval prep",
+        ),
     ]
     features = torch.load(place / "ESM2_pert_features.pt", weights_only=True)
     known = torch.load("competition/first_run/pert_onehot_map.pt", weights_only=True)

@@ -1220,7 +1220,7 @@ def test_cron_recipe_trains_and_is_quiet_where_all_is_well(folder: Path, tmp_pat
     ends = []
     for _ in range(2):
         done = subprocess.run(
-            ["env", "-i", "/bin/sh", str(here / "nightly.sh")],
+            ["env", "-i", f"PYTHONPATH={ROOT}", "/bin/sh", str(here / "nightly.sh")],
             cwd="/",
             capture_output=True,
             text=True,
