@@ -64,13 +64,19 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **how)
 
     def error(self, message: str) -> NoReturn:
-        start, separator, words = message.partition("unrecognized arguments: ")
-        if separator and not start:
-            flags = [w.partition("=")[0] for w in words.split() if w.startswith("--")]
-            message += next(
-                filter(None, (did_you_mean(w, self._option_string_actions) for w in flags)), ""
-            )
+        """Leave with the usage, the message, and what was probably meant."""
+        start, unknown, words = message.partition("unrecognized arguments: ")
+        if unknown and not start:
+            typed = [word.partition("=")[0] for word in words.split() if word.startswith("--")]
+            message += next(filter(None, map(self.meant, typed)), "")
         super().error(message)
+
+    def meant(self, typed: str) -> str:
+        """' (did you mean --max-steps?)' for what was typed: cut short, or wrongly."""
+        longer = [name for name in self._option_string_actions if name.startswith(typed)]
+        if longer:
+            return f" (did you mean {some(longer)}?)"
+        return did_you_mean(typed, self._option_string_actions)
 
 
 def make(group: type[T], given: Mapping[str, Any]) -> T:

@@ -614,9 +614,18 @@ def test_a_dry_run_fails_where_the_run_would(
     [
         ((*IN_TABLE, *OUT), "no labels: give --from-toml, --gene-list or --adata, or --all-genes"),
         (("--all-genes", *IN_TABLE), "--output FILE is required"),
-        (("--all", *IN_TABLE, *OUT), "unrecognized arguments: --all"),
-        (("--gene", "g.txt", *IN_TABLE, *OUT), "unrecognized arguments: --gene g.txt"),
-        (("--all-genes", "--out", "o.pt"), "unrecognized arguments: --out o.pt"),
+        (
+            ("--all", *IN_TABLE, *OUT),
+            "unrecognized arguments: --all (did you mean --all-genes?)",
+        ),
+        (
+            ("--gene", "g.txt", *IN_TABLE, *OUT),
+            "unrecognized arguments: --gene g.txt (did you mean --gene-list?)",
+        ),
+        (
+            ("--all-genes", "--out", "o.pt"),
+            "unrecognized arguments: --out o.pt (did you mean --output?)",
+        ),
         (
             ("--all-genes", *OUT, "--seed", "x"),
             "argument --ablation-seed/--seed: invalid int value: 'x'",

@@ -150,6 +150,11 @@ COMMANDS = [create_esm_pert_features, train_with_esm_features]
     ("command", "words", "message"),
     [
         (0, "--from-tom c.toml --output o.pt", "--from-tom c.toml (did you mean --from-toml?)"),
+        (
+            0,
+            "--from-toml c.toml --mising mean",
+            "--mising mean (did you mean --missing, --precision?)",
+        ),
         (0, "--from-toml c.toml --zzz", "--zzz"),
         (
             1,

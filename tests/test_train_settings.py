@@ -292,7 +292,7 @@ def test_override_that_cannot_be_is_refused(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--max", "3"), "unrecognized arguments: --max"),
+        (("--max", "3"), "unrecognized arguments: --max (did you mean --max-steps?)"),
         (("--num-workers", "-1"), "argument --num-workers: expected auto or a number, got '-1'"),
         (("--num-workers", "x"), "argument --num-workers: expected auto or a number, got 'x'"),
         (("--num-workers", "²"), "argument --num-workers: expected auto or a number, got '²'"),
