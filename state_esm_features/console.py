@@ -293,6 +293,7 @@ class Bar:
     ) -> None:
         from tqdm import tqdm
 
+        streams = [getattr(handler, "stream", sys.stderr) for handler in log.handlers]
         quiet = True if not log.isEnabledFor(logging.INFO) else None  # None: where no terminal is
         self.bar = tqdm(
             total=total,
@@ -301,7 +302,7 @@ class Bar:
             unit=unit,
             unit_scale=scale,
             disable=quiet,
-            file=next((getattr(h, "stream", None) for h in log.handlers), None),
+            file=next((stream for stream in streams if not stream.closed), None),
             bar_format=self.WARMING_UP if warm_up else None,
         )
         self.what, self.unit, self.scale = what, unit, scale

@@ -22,8 +22,8 @@ import pytest
 import torch
 from conftest import PATIENCE, ROOT, SMALL
 from demo_data import CONTROL, simulate, vectors
+from fasta_records import protein
 from random_esm2 import write_checkpoint
-from test_esm2_forward import protein
 from test_train_run import FAST, FILES, TINY, checkpoint, flat_tensors, run_json
 
 from state_esm_features.embedding.embed import embed_all

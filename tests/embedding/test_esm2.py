@@ -6,7 +6,6 @@ layer norms and biases too (fair-esm starts those at 1 and 0), so none can be le
 
 from __future__ import annotations
 
-import random
 import string
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 import esm
 import pytest
 import torch
+from fasta_records import protein
 from random_esm2 import write_checkpoint
 
 from state_esm_features.console import InputError
@@ -26,11 +26,6 @@ from state_esm_features.option_groups import ESM2_WIDTHS
 
 CPU = torch.device("cpu")
 NAME = "esm2_t6_8M_UR50D"
-
-
-def protein(length: int, seed: int = 0) -> str:
-    """A random sequence of all letters that ESM2 has a token for."""
-    return "".join(random.Random(seed * 10_007 + length).choices(sorted(RESIDUES), k=length))
 
 
 def opened(path: Path, layer: int, dtype: torch.dtype = torch.float32) -> Esm2:
