@@ -8,13 +8,18 @@ from __future__ import annotations
 import csv
 import io
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from state_esm_features.console import Bar
 from state_esm_features.files import write_whole
 from state_esm_features.training.checkpoints import checkpoint_steps
+
+if TYPE_CHECKING:
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
 
 PROGRESS_ROWS = 1000
 """Rows of progress.csv, about, whatever the number of steps."""
@@ -139,13 +144,19 @@ def read_progress(path: Path) -> list[dict[str, str]]:
 
 
 def draw_training(run_dir: Path) -> Path | None:
-    """training.png of progress.csv: losses above, share of time waiting for data below."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import PercentFormatter
-
+    """training.png of progress.csv."""
     rows = read_progress(run_dir / "progress.csv")
     if not rows:
         return None
+    path, figure = run_dir / "training.png", training_figure(rows, run_dir.name)
+    write_whole(path, lambda f: figure.savefig(f, format="png"))
+    return path
+
+
+def training_figure(rows: Sequence[Mapping[str, str]], title: str) -> Figure:
+    """Losses above, share of time waiting for data below; `rows` as progress.csv has them."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     def curve(column: str) -> tuple[list[int], list[float]]:
         points = [(int(r["step"]), float(r[column])) for r in rows if r[column]]
@@ -160,11 +171,23 @@ def draw_training(run_dir: Path) -> Path | None:
     every = [float(r[c]) for r in rows for c in ("train_loss", "val_loss") if r[c]]
     if every and min(every) > 0 and max(every) > 20 * min(every):
         above.set_yscale("log")
+    plain_numbers(above.yaxis)
     above.legend()
-    above.set(ylabel="loss", title=run_dir.name)
+    above.set(ylabel="loss", title=title)
     below.fill_between(*curve("waiting"), color="tab:grey", alpha=0.6)
     below.set(ylim=(0, 1), xlabel="step", ylabel="time waiting\nfor data")
     below.yaxis.set_major_formatter(PercentFormatter(1))
-    path = run_dir / "training.png"
-    write_whole(path, lambda f: figure.savefig(f, format="png"))
-    return path
+    below.xaxis.set_major_locator(MaxNLocator(integer=True))
+    below.xaxis.set_major_formatter("{x:,.0f}")
+    return figure
+
+
+def plain_numbers(axis: Axis) -> None:
+    """Ticks of an axis as a person writes them: no powers of ten, no offset, none between."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    if axis.get_scale() == "log":
+        low, high = axis.get_view_interval()
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
+        axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(lambda x, _: f"{x:,.10f}".rstrip("0").rstrip("."))
