@@ -19,6 +19,7 @@
 #     "scanpy>=1.11.2",
 #     "scikit-learn>=1.6.1",
 #     "tables>=3.10.1",
+#     "threadpoolctl>=3.1",
 #     "toml>=0.10.2",
 #     "torch>=2.7",
 #     "tqdm>=4.67.3",
@@ -68,6 +69,7 @@ except ModuleNotFoundError:
     )
 from state_esm_features.console import InputError, Notes, count, exit_code, some, start_log
 from state_esm_features.embedding import features_file
+from state_esm_features.embedding.compare import Compared
 from state_esm_features.embedding.features import resolve_labels
 from state_esm_features.embedding.labels import collect_labels
 from state_esm_features.embedding.plot import draw
@@ -161,13 +163,17 @@ def write_file(
         return 0
     notes.say()
     features, vectors = resolved.features()
-    own = resolved.own(features)
+    compared = Compared(resolved, features, vectors)
     if output.report:
-        write_report(output.report, resolved, own)
+        write_report(output.report, resolved, compared)
     if output.plot:
-        draw(output.plot, resolved, vectors, features)
-    note_identical(own, notes)
-    notes.line(summary(resolved, features))
+        notes.line(f"drawing {output.plot}: some seconds")
+        notes.say()
+        draw(output.plot, compared)
+    note_identical(compared.own, notes)
+    notes.line(summary(resolved, compared))
+    if output.plot:
+        notes.line(f"picture   {output.plot}")
     assert output.output is not None  # the parser has asked for it
     if output.dry_run:
         features_file.set_aside(output.output, notes, act=False)

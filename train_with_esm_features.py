@@ -19,6 +19,7 @@
 #     "scanpy>=1.11.2",
 #     "scikit-learn>=1.6.1",
 #     "tables>=3.10.1",
+#     "threadpoolctl>=3.1",
 #     "toml>=0.10.2",
 #     "torch>=2.7",
 #     "tqdm>=4.67.3",

@@ -275,7 +275,7 @@ class OutputOptions:
     undo: bool = switch("with --into-run: take the labels of the last addition out again")
     report: Path | None = option("tab-separated file to write: how each label was resolved", **FILE)
     plot: Path | None = option(
-        "PNG to write: map of the vectors (UMAP), and their pairwise cosines", **FILE
+        "PNG to write: map of the vectors (t-SNE), and their pairwise cosines", **FILE
     )
     dry_run: bool = switch("resolve the labels, but write no features and download nothing")
     quiet: bool = switch("say warnings and errors only")

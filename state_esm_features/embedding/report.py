@@ -9,25 +9,26 @@ import re
 from pathlib import Path
 
 from state_esm_features.console import count
+from state_esm_features.embedding.compare import Compared
 from state_esm_features.embedding.missing import missing_by_kind
 from state_esm_features.embedding.resolve import how_resolved
-from state_esm_features.embedding.vectors import Resolved, Vectors, nearest
+from state_esm_features.embedding.vectors import Resolved
 from state_esm_features.files import write_whole
 
 REPORT_COLUMNS = (
     *("label", "how", "genes", "source", "via", "proteins", "residues", "nearest", "cosine"),
-    "reason",
+    *("less_mean_of", "reason"),
 )
 
 
-def write_report(path: Path, resolved: Resolved, vectors: Vectors | None = None) -> None:
+def write_report(path: Path, resolved: Resolved, compared: Compared | None = None) -> None:
     """One line a label, tab-separated: how it was resolved, to what, from where.
 
-    Proteins and residues (of each) are known of sequences; the nearest other label and its cosine
-    once there are `vectors`.
+    Proteins and residues (of each) are known of sequences; the nearest other label, its cosine, and
+    what is taken off the vectors before, once there are vectors.
     """
     sources, missing = resolved.resolver.sources, resolved.options.policy.missing
-    near = nearest(vectors, list(vectors), 1) if vectors and len(vectors) > 1 else {}
+    near = compared.nearest(list(compared.own), 1) if compared and len(compared.own) > 1 else {}
     lines = ["\t".join(REPORT_COLUMNS)]
     for r in [*resolved.resolutions, *resolved.left_out]:
         used = [(p.gene, sources[p.source]) for p in r.parts if p.gene and p.source is not None]
@@ -35,15 +36,16 @@ def write_report(path: Path, resolved: Resolved, vectors: Vectors | None = None)
         how = how_resolved(r, missing)
         if r.reason and missing == "error":
             how = "left out" if r in resolved.left_out else "missing"
-        closest = next(iter(near.get(r.label, [])), None)
+        closest = ("", "", "")
+        for name, cosine in near.get(r.label, []):
+            closest = (name, f"{cosine:.4f}", compared.less_mean_of(r.label) if compared else "")
         cells = (
             *(r.label, how, "+".join(p.gene or p.name for p in r.parts)),
             ";".join(sorted({str(source.path) for _, source in used})),
             "; ".join(p.via for p in r.parts if p.via),
             str(len(proteins) or ""),
             ";".join(str(p["residues"]) for p in proteins),
-            *((closest[0], f"{closest[1]:.4f}") if closest else ("", "")),
-            r.reason or "",
+            *(*closest, r.reason or ""),
         )
         lines.append("\t".join(re.sub(r"[\t\r\n]", " ", c) for c in cells))
     write_whole(path, lambda f: f.write(("\n".join(lines) + "\n").encode()))
@@ -53,9 +55,9 @@ WELL_KNOWN = ("TP53", "MYC", "STAT1", "KRAS", "CDK1", "GATA1", "HSPA5", "RPL3")
 """Genes whose neighbours a biologist can judge: the summary names those of the first three."""
 
 
-def summary(resolved: Resolved, features: Vectors | None = None) -> str:
+def summary(resolved: Resolved, compared: Compared | None = None) -> str:
     """The closing table: labels by how they were resolved, missing ones by reason, sources, and,
-    once there are features, the nearest neighbours of a few well-known genes.
+    once there are vectors, the nearest neighbours of a few well-known genes.
     """
     resolutions, resolver = resolved.resolutions, resolved.resolver
     hows = [how_resolved(r, resolved.options.policy.missing) for r in resolutions]
@@ -71,10 +73,10 @@ def summary(resolved: Resolved, features: Vectors | None = None) -> str:
     if resolved.ablation:
         how = f"{resolved.ablation['kind']}, seed {resolved.ablation['seed']}"
         rows.append(("ablation", f"{how}: no gene has its own vector"))
-    elif features is not None:
-        vectors = resolved.own(features)
-        known = [gene for gene in WELL_KNOWN if gene in vectors][:3]
-        for gene, near in nearest(vectors, known, 5).items() if len(vectors) > 5 else ():
+    elif compared is not None and len(compared.own) > 5:
+        known = [gene for gene in WELL_KNOWN if gene in compared.own][:3]
+        for gene, near in compared.nearest(known, 5).items() if known else ():
             listed = ", ".join(f"{name} {cosine:.3f}" for name, cosine in near)
-            rows.append(("nearest", f"to {gene}: {listed}"))
+            if near:
+                rows.append(("nearest", f"to {gene}: {listed} ({compared.said})"))
     return "\n".join(f"{name:<9} {value}" for name, value in rows)

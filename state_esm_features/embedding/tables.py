@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +70,22 @@ class Table:
         import torch
 
         return self.vectors[gene].detach().reshape(-1).to(torch.float32, copy=True)
+
+    @cached_property
+    def mean(self) -> torch.Tensor:
+        """Mean vector of its genes, float32 (width,); one vector is in memory at a time.
+
+        Rows of zeros (a control) and rows with NaN or infinity, which no label uses, do not count.
+        """
+        import torch
+
+        total, genes = torch.zeros(self.width, dtype=torch.float64), 0
+        for gene in self.vectors:
+            vector = self[gene]
+            if 0 < vector.norm() < torch.inf:
+                total += vector
+                genes += 1
+        return (total / max(genes, 1)).float()
 
 
 def load_table(path: Path, notes: Notes) -> Table:

@@ -1,12 +1,12 @@
-"""From genes to the vectors of labels: read, computed, ablated, combined; and compared.
+"""From genes to the vectors of labels: read, computed, ablated, combined.
 
-How the genes are found is not known here.
+How the genes are found is not known here, nor which vectors are near each other.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -219,29 +219,3 @@ def note_identical(vectors: Vectors, notes: Notes, new: Collection[str] | None =
     if same:
         listed = some((" = ".join(group) for group in same), 3)
         notes.warn(f"State cannot tell labels with the same vector apart: {listed}")
-
-
-def nearest(vectors: Vectors, wanted: Sequence[str], k: int) -> dict[str, list[tuple[str, float]]]:
-    """{label: the k labels of the highest cosine to it, with that cosine, highest first}."""
-    import torch
-
-    block = 1000
-    names = list(vectors)
-    column = {name: i for i, name in enumerate(names)}
-
-    def unit(some_names: Sequence[str]) -> torch.Tensor:
-        stacked = torch.stack([vectors[n] for n in some_names])
-        return torch.nn.functional.normalize(stacked, dim=1, out=stacked)
-
-    found: dict[str, list[tuple[str, float]]] = {}
-    for start in range(0, len(wanted), block):
-        rows = wanted[start : start + block]
-        queries = unit(rows)
-        blocks = range(0, len(names), block)
-        cosine = torch.cat([queries @ unit(names[i : i + block]).T for i in blocks], dim=1)
-        cosine[range(len(rows)), [column[name] for name in rows]] = -torch.inf
-        best = cosine.topk(min(k, len(names) - 1))
-        for name, values, indices in zip(rows, best.values, best.indices, strict=True):
-            near = zip(indices.tolist(), values.tolist(), strict=True)
-            found[name] = [(names[i], cosine) for i, cosine in near]
-    return found

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from state_esm_features.console import InputError, Notes, short, some
 from state_esm_features.embedding import features_file
+from state_esm_features.embedding.compare import Compared
 from state_esm_features.embedding.embed import choose_recipe
 from state_esm_features.embedding.fasta import Recipe
 from state_esm_features.embedding.features import resolve_labels
@@ -122,11 +123,12 @@ def resolve_for_run(
         if "gene" in record
     }
     # the mean of --missing mean is over the run's genes and the new ones
-    vectors = resolved.combined(genes | resolved.vectors(), manifest["width"])
+    of_genes = resolved.vectors()
+    vectors = resolved.combined(genes | of_genes, manifest["width"])
     vectors.pop(run.control, None)
     others = {x: v for x, v in known.items() if x not in {run.control, *manifest["missing"]}}
     note_identical(others | resolved.own(vectors), notes, new)
-    notes.line(summary(resolved, vectors))
+    notes.line(summary(resolved, Compared(resolved, vectors, of_genes)))
     return resolved, vectors
 
 

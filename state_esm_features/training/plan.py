@@ -15,6 +15,7 @@ from typing import Any
 
 from state_esm_features import option_groups
 from state_esm_features.console import Findings, Notes, count
+from state_esm_features.embedding.compare import Compared
 from state_esm_features.embedding.features import resolve_labels
 from state_esm_features.embedding.features_file import build_manifest, read_manifest, write_features
 from state_esm_features.embedding.labels import Labels, add_labels_found
@@ -126,9 +127,9 @@ def make_features(
         if resolved.to_embed:
             found.line(f"{count(len(resolved.to_embed), 'gene')} to compute before the training")
         return None, {**unknown, "width": resolved.width or 0}
-    features, _ = resolved.features()
+    features, vectors = resolved.features()
     note_identical(resolved.own(features), found)
-    found.line(summary(resolved, features))
+    found.line(summary(resolved, Compared(resolved, features, vectors)))
     path = place / OWN_FEATURES
     manifest = partial(build_manifest, resolved, features, command)
     write_features(path, features, manifest, found)

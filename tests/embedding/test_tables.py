@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from state_esm_features.console import Notes
-from state_esm_features.embedding.tables import load_table
+from state_esm_features.embedding.tables import Table, load_table
 
 
 @pytest.mark.parametrize("layout", ["one each", "rows of one", "legacy", "bfloat16"])
@@ -25,6 +25,13 @@ def test_vectors_are_those_of_torch_load_whatever_the_layout(tmp_path: Path, lay
     opened = load_table(tmp_path / "table.pt", Notes())
     for gene, vector in table.items():
         assert torch.equal(opened[gene].nan_to_num(9), vector.float().nan_to_num(9)), gene
+    sound = [vector.double() for gene, vector in table.items() if gene != "nan"]
+    assert torch.allclose(opened.mean.double(), torch.stack(sound).mean(0), atol=1e-6)
+
+
+def test_a_control_in_a_table_is_not_in_its_mean() -> None:
+    rows = {"A": torch.tensor([1.0, 2.0]), "control": torch.zeros(2), "B": torch.tensor([3.0, 0.0])}
+    assert Table(Path("t.pt"), rows, 2).mean.tolist() == [2.0, 1.0]
 
 
 def test_a_table_replaced_while_it_is_open_is_still_the_old_one(tmp_path: Path) -> None:

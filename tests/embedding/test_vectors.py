@@ -1,4 +1,4 @@
-"""What is made of vectors: shuffled, compared, nearest."""
+"""What is made of vectors: shuffled."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from state_esm_features.console import InputError
-from state_esm_features.embedding.vectors import nearest, shuffle_vectors
+from state_esm_features.embedding.vectors import shuffle_vectors
 
 
 @settings(max_examples=300)
@@ -49,21 +49,3 @@ def test_another_seed_shuffles_otherwise() -> None:
         for seed in range(20)
     }
     assert len(drawn) == 20
-
-
-def test_no_label_is_nearest_to_itself() -> None:
-    vectors = {"A": torch.tensor([1.0, 0.0]), "B": torch.tensor([-1.0, 0.0])}
-    assert nearest(vectors, ["A", "B"], 5) == {"A": [("B", -1.0)], "B": [("A", -1.0)]}
-
-
-def test_nearest_by_blocks_is_nearest_by_all() -> None:
-    torch.manual_seed(0)
-    vectors = {f"G{i}": v for i, v in enumerate(torch.randn(2500, 8))}
-    names = list(vectors)
-    found = nearest(vectors, names, 3)
-    unit = torch.nn.functional.normalize(torch.stack(list(vectors.values())).double(), dim=1)
-    cosine = (unit @ unit.T).fill_diagonal_(-2)
-    best = cosine.topk(3)
-    for i in (0, 999, 1000, 2499):
-        assert [n for n, _ in found[names[i]]] == [names[j] for j in best.indices[i]]
-        assert [c for _, c in found[names[i]]] == pytest.approx(best.values[i].tolist(), abs=1e-6)
