@@ -67,18 +67,28 @@ except ModuleNotFoundError:
         f"error: {Path(__file__).name} needs the folder state_esm_features of the same repository: "
         "keep it beside the script, or pip install the repository"
     )
-from state_esm_features.console import InputError, Notes, count, exit_code, some, start_log
+from state_esm_features.console import (
+    InputError,
+    Notes,
+    UsageError,
+    called,
+    count,
+    exit_code,
+    some,
+    start_log,
+)
 from state_esm_features.embedding import features_file
 from state_esm_features.embedding.compare import Compared
 from state_esm_features.embedding.features import resolve_labels
 from state_esm_features.embedding.labels import collect_labels
 from state_esm_features.embedding.plot import draw
-from state_esm_features.embedding.report import summary, write_report
+from state_esm_features.embedding.report import result, summary, write_report
 from state_esm_features.embedding.vectors import note_identical
 from state_esm_features.experiment import features_section, note_section
 from state_esm_features.files import begins_with, cannot_write
 from state_esm_features.h5ad import columns_of_all
 from state_esm_features.option_groups import (
+    FEATURE_GROUPS,
     AblationOptions,
     FeatureOptions,
     LabelOptions,
@@ -87,12 +97,18 @@ from state_esm_features.option_groups import (
     feature_options,
     misused,
 )
-from state_esm_features.options import Parser, add_options, first_given, make
+from state_esm_features.options import Parser, add_options, first_given, make, read_call, takes
+from state_esm_features.results import FeaturesResult
 from state_esm_features.training.new_labels import add_to_run, resolve_for_run
 from state_esm_features.training.plan import TEMPLATE, infer_command
 from state_esm_features.training.templates import check_template, check_templates, filled_in
 from state_esm_features.training.trained_run import TrainedRun, open_run, options_of_run
 from state_esm_features.training.undo import finish_undo, undo_addition
+
+UNDO_ALONE = "--undo goes with --into-run DIR, and with nothing else but --quiet"
+
+GROUPS = (LabelOptions, *FEATURE_GROUPS.values(), AblationOptions, OutputOptions)
+"""The options of this command."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -145,7 +161,7 @@ def check_outputs(output: OutputOptions, inputs: Iterable[Path]) -> None:
 
 def write_file(
     given: Mapping[str, Any], options: FeatureOptions, command: Sequence[str], notes: Notes
-) -> int:
+) -> FeaturesResult:
     """From labels to the features file, in the order of the data."""
     wanted, output = make(LabelOptions, given), make(OutputOptions, given)
     check_outputs(output, inputs_of(wanted, options))
@@ -155,12 +171,12 @@ def write_file(
         labels, options, notes, output.dry_run, wanted.all_genes, output.report, can_report=True
     )
     if resolved is None:  # a dry run that would have to download a table
-        return 0
+        return result("dry run", None)
     resolved = replace(resolved, ablation=make(AblationOptions, given).record())
     if output.dry_run and resolved.to_embed:
         notes.line(summary(resolved))
         notes.line(f"dry run: {count(len(resolved.to_embed), 'gene')} to compute, nothing written")
-        return 0
+        return result("dry run", resolved)
     notes.say()
     features, vectors = resolved.features()
     compared = Compared(resolved, features, vectors)
@@ -178,12 +194,11 @@ def write_file(
     if output.dry_run:
         features_file.set_aside(output.output, notes, act=False)
         notes.line(f"dry run: {output.output} not written")
-        return 0
+        return result("dry run", resolved)
     manifest = partial(features_file.build_manifest, resolved, features, command)
     features_file.write_features(output.output, features, manifest, notes)
-    notes.say()
-    print(output.output)
-    return 0
+    manifest_path = features_file.manifest_path(output.output)
+    return result("written", resolved, output.output, manifest_path)
 
 
 def inputs_of(wanted: LabelOptions, options: FeatureOptions) -> list[Path]:
@@ -199,7 +214,7 @@ def extend_run(
     options: FeatureOptions,
     command: Sequence[str],
     notes: Notes,
-) -> int:
+) -> FeaturesResult:
     """Give a run the labels that it lacks; a dry run says what would be predicted wrongly."""
     wanted = make(LabelOptions, {"control_pert": run.control, **given})
     if wanted.control_pert != run.control:
@@ -212,7 +227,7 @@ def extend_run(
     labels = collect_labels(wanted, notes, for_run=True)
     if given.get("dry_run"):
         check_template(run, labels, wanted.adata, wanted.pert_col, notes)
-        return 0
+        return result("dry run", None)
     names, known = list(labels.names), run.vectors(run.features)
     resolved, vectors = resolve_for_run(run, known, labels, options, notes)
     notes.say()
@@ -230,24 +245,21 @@ def extend_run(
         notes.line(f"predict   {command}")
     else:
         notes.line(f"up to date: {run.named} knows all of these labels")
-    notes.say()
-    print(run.map_path)
-    return 0
+    manifest = features_file.manifest_path(run.features)
+    return result("added" if added else "up to date", resolved, run.map_path, manifest)
 
 
-def take_out(run: TrainedRun, notes: Notes) -> int:
+def take_out(run: TrainedRun, notes: Notes) -> FeaturesResult:
     """Undo the last addition to a run."""
     labels = undo_addition(run)
     notes.line(f"taken out {count(len(labels), 'label')} of {run.named}: {some(labels)}")
-    notes.say()
-    print(run.map_path)
-    return 0
+    manifest = features_file.manifest_path(run.features)
+    return result("taken out", None, run.map_path, manifest)
 
 
-def start(
-    parser: argparse.ArgumentParser, typed: Mapping[str, Any], words: Sequence[str], notes: Notes
-) -> int:
+def start(typed: Mapping[str, Any], words: Sequence[str], notes: Notes) -> FeaturesResult:
     """Decide which options hold, and do what they ask for."""
+    start_log(typed.get("quiet", False))
     of_run, run = {}, None
     section = features_section(typed.get("from_toml"))
     if typed.get("into_run"):
@@ -263,32 +275,85 @@ def start(
     options = feature_options(given)
     wrong = misused(options, given)
     if wrong:
-        parser.error(wrong)
+        raise UsageError(wrong)
     if run is not None:
         return extend_run(run, given, options, words, notes)
     return write_file(given, options, words, notes)
 
 
+def usage_error(typed: Mapping[str, Any]) -> str | None:
+    """What is wrong with the options that are typed together, or None."""
+    into_run = typed.get("into_run")
+    if typed.get("undo"):
+        alone = into_run and not typed.keys() - {"undo", "into_run", "quiet"}
+        return None if alone else UNDO_ALONE
+    if not any(map(typed.get, ("from_toml", "gene_list", "adata", "all_genes"))):
+        every = "" if into_run else ", or --all-genes"
+        return f"no labels: give --from-toml, --gene-list or --adata{every}"
+    if not into_run:
+        return None if typed.get("output") else "--output FILE is required"
+    for name in ("output", "all_genes", "ablation", "report", "plot"):
+        if typed.get(name):
+            return f"--{name.replace('_', '-')} does not go with --into-run"
+    return None
+
+
+@takes(GROUPS)
+def create_features(**options: Any) -> FeaturesResult:
+    """Find, or compute, the ESM2 embedding of every perturbation: the command, from Python.
+
+    Options are those of the command. Paths are text or Path; what can be repeated is one value or a
+    list; `alias` may be {OLD: NEW}. What is said goes to stderr.
+
+    Parameters
+    ----------
+    **options
+
+    Returns
+    -------
+    FeaturesResult
+        The file, and how labels were resolved; a notebook shows it as a table.
+
+    Raises
+    ------
+    InputError
+        Bad data, with the message of the command; nothing is written.
+    UsageError
+        An InputError: options that are none, or mean nothing together.
+
+    Examples
+    --------
+    >>> create_features(from_toml="my_config.toml", output="ESM2_pert_features.pt")
+    """
+    notes = Notes()
+
+    def work() -> FeaturesResult:
+        given, words = read_call("create_features", options, GROUPS, usage_error)
+        return start(given, words, notes)
+
+    return called(work, notes)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    parser = build_parser()
+    parser, notes = build_parser(), Notes()
     words = list(sys.argv[1:] if argv is None else argv)
     typed = vars(parser.parse_args(words))
-    into_run = typed.get("into_run")
-    if "undo" in typed and (not into_run or typed.keys() - {"undo", "into_run", "quiet"}):
-        parser.error("--undo goes with --into-run DIR, and with nothing else but --quiet")
-    if "undo" not in typed and not {"from_toml", "gene_list", "adata", "all_genes"} & {*typed}:
-        every = "" if into_run else ", or --all-genes"
-        parser.error(f"no labels: give --from-toml, --gene-list or --adata{every}")
-    if "output" not in typed and not into_run:
-        parser.error("--output FILE is required")
-    if into_run:
-        for name in ("output", "all_genes", "ablation", "report", "plot"):
-            if name in typed:
-                parser.error(f"--{name.replace('_', '-')} does not go with --into-run")
-    start_log(typed.get("quiet", False))
-    notes = Notes()
-    return exit_code(lambda: start(parser, typed, words, notes), notes=notes)
+
+    def command() -> int:
+        path = start(typed, words, notes).path
+        notes.say()
+        if path:
+            print(path)
+        return 0
+
+    wrong = usage_error(typed)
+    if wrong:
+        parser.error(wrong)
+    try:
+        return exit_code(command, notes=notes)
+    except UsageError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -66,9 +66,10 @@ except ModuleNotFoundError:
 from state_esm_features.embedding.features_file import read_manifest
 from state_esm_features.experiment import features_section, load_experiment, note_section
 from state_esm_features.files import Busy, run_lock, write_json
-from state_esm_features.options import Parser, add_options, as_words, first_given
+from state_esm_features.options import Parser, add_options, as_words, first_given, read_call, takes
+from state_esm_features.results import TrainingResult
+from state_esm_features.training import loop
 from state_esm_features.training.fast_copies import make_copies
-from state_esm_features.training.loop import follow, refuse_changed_files, train
 from state_esm_features.training.plan import OWN_FEATURES, Plan, TrainOptions, describe, make_plan
 from state_esm_features.training.processes import follows, one_launch, repeat_hash_seed
 from state_esm_features.training.progress import Training
@@ -81,9 +82,19 @@ from state_esm_features.training.run_dir import (
     finish,
     refuse_hpc_checkpoint,
     refuse_if_held,
+    result,
     start,
 )
 from state_esm_features.training.stock import typed_settings
+
+GROUPS = (
+    option_groups.DataOptions,
+    option_groups.TrainingOptions,
+    option_groups.RunOptions,
+    *option_groups.FEATURE_GROUPS.values(),
+    option_groups.WandbOptions,
+)
+"""The options of this command."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -108,8 +119,13 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(options: TrainOptions, from_command_line: bool, notes: console.Notes) -> int:
-    """From the TOML to a trained model."""
+def run(
+    options: TrainOptions, from_command_line: bool, notes: console.Notes
+) -> TrainingResult | None:
+    """From the TOML to a trained model; None of a further rank of a training."""
+    # huge pages for the arrays of a batch, if torch is not loaded yet: a fifth less time a batch
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    console.start_log(options.run.quiet)
     experiment = load_experiment(options.data.config)
     unrepeatable = repeat_hash_seed(experiment, from_command_line)
     # only now: a fixed hash seed starts the script anew
@@ -123,11 +139,12 @@ def plan_and_train(
     from_command_line: bool,
     place: Path,
     notes: console.Notes,
-) -> int:
+) -> TrainingResult | None:
     """In the order of the work; features that have to be made lie in `place` until it begins."""
     run_dir = run_dir_of(options)
     if follows(run_dir, options.overrides):
-        return follow(run_dir)
+        loop.follow(run_dir)
+        return None
     if not options.run.dry_run:
         refuse_if_held(run_dir)
     earlier = earlier_run(run_dir)
@@ -143,6 +160,7 @@ def plan_and_train(
     plan = make_plan(options, run_dir, earlier, manifest, place, notes)
     notes.line(describe(plan))
     how = decide(run_dir, plan.earlier, changed_since(plan), plan.options.run, notes)
+    record = earlier or {}
     if options.run.dry_run:
         once = "" if named else ", once its features are made"
         notes.line(f"dry run ({how}): nothing written. The stock command for it{once}:")
@@ -150,14 +168,13 @@ def plan_and_train(
         notes.line(f"up to date: {run_dir} finished with the same inputs")
     else:
         one_launch(plan, from_command_line)
-        refuse_changed_files(plan)
+        loop.refuse_changed_files(plan)
         with run_lock(run_dir, advice=OR_ANOTHER):
             if earlier_run(run_dir) != earlier:
                 raise Busy(run_dir, None, OR_ANOTHER)
-            train_in(plan, how, notes)
-    notes.say()
-    print(plan.stock_command() if options.run.dry_run else run_dir)
-    return 0
+            record = train_in(plan, how, notes)
+        how = "finished"
+    return result("dry run" if options.run.dry_run else how, plan, record)
 
 
 def run_dir_of(options: TrainOptions) -> Path:
@@ -167,7 +184,7 @@ def run_dir_of(options: TrainOptions) -> Path:
     return options.run.output_dir.absolute() / name
 
 
-def train_in(plan: Plan, how: str, notes: console.Notes) -> None:
+def train_in(plan: Plan, how: str, notes: console.Notes) -> dict[str, Any]:
     """Copy the data if asked to, prepare the run directory, train, and keep the record."""
     refuse_hpc_checkpoint(plan.run_dir, how)
     notes.say()
@@ -179,9 +196,10 @@ def train_in(plan: Plan, how: str, notes: console.Notes) -> None:
     state = Training(plan.run_dir, plan.stock["training"]["max_steps"])
     state.first = state.step = record["starts"][-1]["from_step"]
     try:
-        train(state, record)
+        loop.train(state, record)
     except BaseException as error:
-        record["status"] = "stopped" if isinstance(error, console.Stopped) else "failed"
+        stopped = isinstance(error, (console.Stopped, KeyboardInterrupt))
+        record["status"] = "stopped" if stopped else "failed"
         # of a full disk: the first error is the one to see
         with contextlib.suppress(console.InputError):
             if plan.earlier and how == "resume" and not state.started:
@@ -191,6 +209,7 @@ def train_in(plan: Plan, how: str, notes: console.Notes) -> None:
                 close_record(plan.run_dir, record, state)
         raise
     finish(plan, record, state, notes)
+    return record
 
 
 def choose_features(
@@ -214,8 +233,20 @@ def choose_features(
     chosen = TrainOptions.of({**given, "pert_features": named}, options.overrides, options.command)
     wrong = option_groups.misused(chosen.features, given)
     if wrong:
-        build_parser().error(wrong)
+        raise console.UsageError(wrong)
     return chosen
+
+
+def usage_error(typed: Mapping[str, Any]) -> str | None:
+    """What is wrong with the options that are typed together, or None."""
+    if typed.get("force") and not typed.get("resume"):
+        return "--force goes with --resume"
+    if typed.get("data_cache") and not (typed.get("fast_loading") or typed.get("resume")):
+        return "--data-cache goes with --fast-loading"
+    of_features = as_words(typed, option_groups.FEATURES)
+    if typed.get("pert_features") and of_features:
+        return f"--pert-features does not go with {of_features[0].split('=')[0]}"
+    return None
 
 
 def parse(argv: Sequence[str]) -> TrainOptions:
@@ -227,24 +258,74 @@ def parse(argv: Sequence[str]) -> TrainOptions:
     parser = build_parser()
     typed = vars(parser.parse_intermixed_args(words))
     overrides = typed.pop("overrides")
-    if "force" in typed and "resume" not in typed:
-        parser.error("--force goes with --resume")
-    if "data_cache" in typed and "fast_loading" not in typed and "resume" not in typed:
-        parser.error("--data-cache goes with --fast-loading")
-    of_features = as_words(typed, option_groups.FEATURES)
-    if "pert_features" in typed and of_features:
-        parser.error(f"--pert-features does not go with {of_features[0].split('=')[0]}")
+    wrong = usage_error(typed)
+    if wrong:
+        parser.error(wrong)
     return TrainOptions.of(typed, overrides, list(argv))
+
+
+@takes(GROUPS)
+def train(*, overrides: str | Sequence[str] = (), **options: Any) -> TrainingResult:
+    """Train an unmodified State model on ESM2 perturbation features: the command, from Python.
+
+    Options are those of the command. Paths are text or Path; what can be repeated is one value or a
+    list; `alias` may be {OLD: NEW}. What is said goes to stderr. It trains in this process: Ctrl-C,
+    or the stop button of a notebook, saves a checkpoint, from which `resume=True` goes on.
+
+    Parameters
+    ----------
+    **options
+    overrides
+        Hydra overrides of State's configuration, for instance ["training.lr=0.0005"].
+
+    Returns
+    -------
+    TrainingResult
+        The run, its steps and losses; a notebook shows it as a table.
+
+    Raises
+    ------
+    InputError
+        Bad data or a failed run, with the message of the command.
+    UsageError
+        An InputError: options that are none, or mean nothing together.
+    KeyboardInterrupt
+        Stopped by Ctrl-C, once the checkpoint is saved.
+    SystemExit
+        Stopped by SIGTERM or SIGUSR1, once the checkpoint is saved.
+
+    Examples
+    --------
+    >>> train(config="my_config.toml", pert_features="ESM2_pert_features.pt", max_steps=40000)
+    """
+    notes = console.Notes()
+
+    def work() -> TrainingResult:
+        given, words = read_call("train", options, GROUPS, usage_error)
+        typed = [overrides] if isinstance(overrides, str) else list(overrides)
+        trained = run(TrainOptions.of(given, typed, [*words, *typed]), False, notes)
+        if trained is None:
+            raise console.InputError("several processes train together from a command line only")
+        return trained
+
+    return console.called(work, notes)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    options = parse(sys.argv[1:] if argv is None else argv)
-    # huge pages for the arrays of a batch, if torch is not loaded yet: a fifth less time a batch
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    console.start_log(options.run.quiet)
-    notes = console.Notes()
-    return console.exit_code(lambda: run(options, argv is None, notes), console.STOP_SIGNALS, notes)
+    options, notes = parse(sys.argv[1:] if argv is None else argv), console.Notes()
+
+    def command() -> int:
+        trained = run(options, argv is None, notes)
+        notes.say()
+        if trained:
+            print(trained.stock_command if options.run.dry_run else trained.run_dir)
+        return 0
+
+    try:
+        return console.exit_code(command, console.STOP_SIGNALS, notes)
+    except console.UsageError as error:
+        build_parser().error(str(error))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,9 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TextIO
+from typing import TextIO, TypeVar
+
+T = TypeVar("T")
 
 log = logging.getLogger("esm_pert_features")
 
@@ -26,6 +28,12 @@ class InputError(Exception):
     """Something the user can mend: ends the run in one message on stderr, without traceback."""
 
     code = 1
+
+
+class UsageError(InputError):
+    """Options that are none, or mean nothing together."""
+
+    code = 2
 
 
 class Stopped(BaseException):
@@ -177,7 +185,13 @@ def exit_code(
     stop_signals: Sequence[signal.Signals] = (signal.SIGTERM,),
     notes: Notes | None = None,
 ) -> int:
-    """Run `step`, say the last of its notes, and translate how it ended into the exit codes."""
+    """Run `step`, say the last of its notes, and translate how it ended into the exit codes.
+
+    Raises
+    ------
+    UsageError
+        For the parser, which shows the usage.
+    """
     _asked.clear()
     try:
         try:
@@ -186,6 +200,8 @@ def exit_code(
         finally:
             if notes:
                 notes.say()
+    except UsageError:
+        raise
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.code
@@ -194,6 +210,32 @@ def exit_code(
         traceback.clear_frames(error.__traceback__)  # ends progress bars, also those of libraries
         print(f"stopped by {stop}", file=sys.stderr)
         return stop.code
+
+
+def called(step: Callable[[], T], notes: Notes) -> T:
+    """Run `step` for a caller in Python, who gets what it returns, or what stopped it.
+
+    Raises
+    ------
+    InputError
+        With no more of a traceback than the call.
+    KeyboardInterrupt
+        Ctrl-C, also where a checkpoint was saved before.
+    SystemExit
+        Another signal: with the exit code of the commands.
+    """
+    _asked.clear()
+    try:
+        return step()
+    except InputError as error:
+        raise error.with_traceback(None) from None
+    except Stopped as stop:
+        traceback.clear_frames(stop.__traceback__)  # ends progress bars, also those of libraries
+        if stop.signum == signal.SIGINT:
+            raise KeyboardInterrupt from None
+        raise SystemExit(stop.code) from stop
+    finally:
+        notes.say()
 
 
 def out_of_memory(error: Exception) -> bool:

@@ -1,4 +1,5 @@
-"""What an option is: a field of a dataclass, typed or in a TOML; which of several sayings holds.
+"""What an option is: a field of a dataclass, typed, in a TOML or of a call from Python; which of
+several sayings holds.
 
 The options themselves stand in `option_groups`.
 """
@@ -6,13 +7,17 @@ The options themselves stand in `option_groups`.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Collection, Mapping
+import inspect
+import re
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import Field, field, fields
-from typing import Any, NoReturn, TypeVar
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar, get_type_hints
 
-from state_esm_features.console import InputError, did_you_mean, some
+from state_esm_features.console import InputError, UsageError, did_you_mean, some
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 
 EITHER = {"cache", "no_cache"}
 """Options of which one, where it is said more firmly, takes the place of both."""
@@ -106,32 +111,34 @@ def first_given(*layers: Mapping[str, Any]) -> dict[str, Any]:
     return options | ({"alias": tuple(aliases)} if aliases else {})
 
 
-def read_table(table: Any, known: Mapping[str, Field[Any]]) -> dict[str, Any]:
+def read_table(table: Any, known: Mapping[str, Field[Any]], joint: str = "-") -> dict[str, Any]:
     """{option: value} of a table in a TOML, each checked as on a command line.
 
     Parameters
     ----------
     known
         {name: field} of what may stand there.
+    joint
+        Between the words of a name, as a message lists it.
 
     Raises
     ------
     InputError
         Another option, or a wrong value.
     """
-    names = {names_of(f)[0][2:]: f for f in known.values()}
+    names = {names_of(f)[0][2:].replace("-", joint): f for f in known.values()}
     found = {}
     for written, value in table.items() if isinstance(table, Mapping) else ():
-        name = written.replace("_", "-")
+        name = re.sub("[-_]", joint, written)
         if name not in names:
             raise InputError(
                 f"has no option {written!r}{did_you_mean(name, names)}; options: "
-                f"{some(sorted(names), 30)}"
+                f"{some(sorted(names), 50)}"
             )
         try:
             found[names[name].name] = _value(names[name], value)
         except (InputError, argparse.ArgumentTypeError) as error:
-            raise InputError(f"argument --{name}: {error}") from error
+            raise InputError(f"argument {names_of(names[name])[0]}: {error}") from error
     return found
 
 
@@ -142,19 +149,24 @@ def _value(f: Field[Any], value: Any) -> Any:
         return value
     if f.metadata.get("action") == "append":
         if isinstance(value, Mapping):
-            value = [f"{old}={new}" for old, new in value.items()]
-        return tuple(_single(f, item) for item in (value if isinstance(value, list) else [value]))
+            value = list(value.items())
+        several = value if isinstance(value, (list, tuple)) else [value]
+        pairs = ("=".join(map(str, v)) if isinstance(v, tuple) else v for v in several)
+        return tuple(_single(f, item) for item in pairs)
     return _single(f, value)
 
 
 def _single(f: Field[Any], value: Any) -> Any:
     convert = f.metadata.get("type", str)
-    if isinstance(value, (bool, list, Mapping)):
+    if value is True and "const" in f.metadata:
+        return f.metadata["const"]
+    if isinstance(value, (bool, list, tuple, Mapping)):
         raise InputError(f"expected one value, got {value!r}")
+    text = str(getattr(value, "pattern", value))
     try:
-        converted = convert(str(value))
+        converted = convert(text)
     except (TypeError, ValueError) as error:
-        raise InputError(f"invalid {convert.__name__} value: {str(value)!r}") from error
+        raise InputError(f"invalid {convert.__name__} value: {text!r}") from error
     choices = f.metadata.get("choices", (converted,))
     if converted not in choices:
         listed = ", ".join(map(repr, choices))
@@ -175,3 +187,82 @@ def as_words(given: Mapping[str, Any], known: Mapping[str, Field[Any]]) -> list[
             elif item is not False:
                 words.append(f"{names_of(f)[0]}={text}")
     return words
+
+
+def fields_of(groups: Collection[type[Any]]) -> dict[str, Field[Any]]:
+    """{name: field} of the options of several groups."""
+    return {f.name: f for group in groups for f in fields(group)}
+
+
+def read_call(
+    name: str,
+    call: Mapping[str, Any],
+    groups: Collection[type[Any]],
+    refused: Callable[[Mapping[str, Any]], str | None],
+) -> tuple[dict[str, Any], list[str]]:
+    """{option: value} of a call from Python, each checked as on a command line, and its words.
+
+    None and an empty list say nothing.
+
+    Parameters
+    ----------
+    refused
+        Says what is wrong with options that are given together.
+
+    Raises
+    ------
+    UsageError
+        Another option, a wrong value, one that is needed, or some that do not go together.
+    """
+    known = fields_of(groups)
+    said = {k: v for k, v in call.items() if v is not None and v not in ([], (), {})}
+    try:
+        given = read_table(said, known, "_")
+    except InputError as error:
+        raise UsageError(f"{name}() {error}") from error
+    needed = [f for f in known.values() if f.metadata.get("required") and f.name not in given]
+    if needed:
+        listed = some(names_of(f)[0] for f in needed)
+        raise UsageError(f"the following arguments are required: {listed}")
+    for group in groups:
+        either = [f for f in fields(group) if f.metadata.get("exclusive") and given.get(f.name)]
+        if len(either) > 1:
+            first, second = (names_of(f)[0] for f in either[:2])
+            raise UsageError(f"argument {second}: not allowed with argument {first}")
+    wrong = refused(given)
+    if wrong:
+        raise UsageError(wrong)
+    return given, as_words(given, known)
+
+
+def takes(groups: Collection[type[Any]]) -> Callable[[F], F]:
+    """Let help() and a notebook show the options of these groups for **options of a function.
+
+    They become its signature, and their help texts the parameters of its docstring.
+    """
+
+    def declare(function: F) -> F:
+        own = inspect.signature(function)
+        parameters, described = [], []
+        for group in groups:
+            hints = get_type_hints(group, localns={"Path": str | Path})
+            for f in fields(group):
+                default = inspect.Parameter.empty if f.metadata.get("required") else f.default
+                parameters.append(
+                    inspect.Parameter(
+                        f.name,
+                        inspect.Parameter.KEYWORD_ONLY,
+                        default=default,
+                        annotation=hints[f.name],
+                    )
+                )
+                words = [", ".join(f.metadata.get("choices", ())), f.metadata["help"]]
+                text = " ".join(filter(None, words)) or f.name.replace("_", " ")
+                described.append(f"{f.name}\n    {text}")
+        parameters += [p for p in own.parameters.values() if p.kind is p.KEYWORD_ONLY]
+        text = inspect.getdoc(function) or ""
+        function.__doc__ = text.replace("**options", "\n".join(described))
+        function.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+        return function
+
+    return declare

@@ -65,7 +65,7 @@ def test_readme_is_short() -> None:
 def test_a_page_opens_with_the_command_it_is_about(name: str) -> None:
     before, block, _ = PAGES[name].split("```", 2)
     assert re.fullmatch(r"# .+\n\n", before) or name in ("README.md", "cron_and_slurm.md"), before
-    assert re.search(r"create-esm-pert|train-with-esm|make |pip ", block), block
+    assert re.search(r"create.esm.pert|train.with.esm|make |pip ", block), block
 
 
 @pytest.mark.parametrize("name", PAGES)

@@ -17,6 +17,7 @@ import create_esm_pert_features
 import train_with_esm_features
 from state_esm_features.console import InputError
 from state_esm_features.option_groups import (
+    FEATURE_GROUPS,
     FEATURES,
     IN_SECTION,
     DataOptions,
@@ -25,11 +26,19 @@ from state_esm_features.option_groups import (
     RunOptions,
     SequenceOptions,
     TrainingOptions,
+    WandbOptions,
     feature_options,
     misused,
     without_defaults,
 )
-from state_esm_features.options import add_options, as_words, first_given, make, read_table
+from state_esm_features.options import (
+    add_options,
+    as_words,
+    first_given,
+    make,
+    read_call,
+    read_table,
+)
 
 
 @pytest.mark.parametrize(
@@ -86,6 +95,36 @@ class FeatureOptionsAndColumns:
     """All that may stand in a TOML, as one group."""
 
     __dataclass_fields__ = IN_SECTION
+
+
+@pytest.mark.parametrize(
+    ("call", "options"),
+    [
+        ({"fasta": Path("p.fa")}, {"fasta": (Path("p.fa"),)}),
+        ({"fasta": ("a.fa", Path("b.fa"))}, {"fasta": (Path("a.fa"), Path("b.fa"))}),
+        ({"alias": {"A": "B"}}, {"alias": (("A", "B"),)}),
+        ({"alias": [("A", "B"), "C=D"]}, {"alias": (("A", "B"), ("C", "D"))}),
+        ({"label_regex": re.compile("(?P<gene>.+)_g1")}, {"label_regex": "(?P<gene>.+)_g1"}),
+        ({"fast_loading": True, "num_workers": "2"}, {"fast_loading": "sorted", "num_workers": 2}),
+        ({"prefer_previous": False, "cache": None, "fasta": []}, {}),
+        ({"wandb_tags": "a,b", "max_steps": 5}, {"wandb_tags": "a,b", "max_steps": 5}),
+    ],
+)
+def test_values_of_a_call_are_those_of_a_command_line(
+    call: dict[str, Any], options: dict[str, Any]
+) -> None:
+    groups = (DataOptions, TrainingOptions, RunOptions, *FEATURE_GROUPS.values(), WandbOptions)
+    given, words = read_call("train", {"config": "c.toml", **call}, groups, lambda _: None)
+    parser = argparse.ArgumentParser()
+    for group in groups:
+        add_options(parser, group, "any")
+    typed = vars(parser.parse_args(words))
+    expected = {"config": Path("c.toml"), **options}
+    if "label_regex" in options:
+        assert given.pop("label_regex").pattern == typed.pop("label_regex").pattern
+        assert expected.pop("label_regex") == call["label_regex"].pattern
+    assert {k: tuple(v) if isinstance(v, list) else v for k, v in typed.items()} == expected
+    assert {k: v for k, v in given.items() if v is not False} == expected
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ Nothing is decided here.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 
 from state_esm_features.console import count
@@ -14,6 +15,7 @@ from state_esm_features.embedding.missing import missing_by_kind
 from state_esm_features.embedding.resolve import how_resolved
 from state_esm_features.embedding.vectors import Resolved
 from state_esm_features.files import write_whole
+from state_esm_features.results import FeaturesResult
 
 REPORT_COLUMNS = (
     *("label", "how", "genes", "source", "via", "proteins", "residues", "nearest", "cosine"),
@@ -55,15 +57,34 @@ WELL_KNOWN = ("TP53", "MYC", "STAT1", "KRAS", "CDK1", "GATA1", "HSPA5", "RPL3")
 """Genes whose neighbours a biologist can judge: the summary names those of the first three."""
 
 
+def tally(resolved: Resolved) -> dict[str, int]:
+    """{how labels were resolved: number of these labels}."""
+    missing = resolved.options.policy.missing
+    return dict(sorted(Counter(how_resolved(r, missing) for r in resolved.resolutions).items()))
+
+
+def result(
+    status: str,
+    resolved: Resolved | None,
+    path: Path | None = None,
+    manifest: Path | None = None,
+) -> FeaturesResult:
+    """The same for a caller in Python; None where nothing was looked up."""
+    if resolved is None:
+        return FeaturesResult(status, path, manifest, 0, {}, {})
+    missing = {r.label: r.reason for r in resolved.resolutions if r.reason}
+    labels = len(resolved.resolutions)
+    return FeaturesResult(status, path, manifest, labels, tally(resolved), missing)
+
+
 def summary(resolved: Resolved, compared: Compared | None = None) -> str:
     """The closing table: labels by how they were resolved, missing ones by reason, sources, and,
     once there are vectors, the nearest neighbours of a few well-known genes.
     """
     resolutions, resolver = resolved.resolutions, resolved.resolver
-    hows = [how_resolved(r, resolved.options.policy.missing) for r in resolutions]
-    tally = ", ".join(f"{hows.count(h):,} {h}" for h in dict.fromkeys(sorted(hows)))
+    hows = ", ".join(f"{n:,} {how}" for how, n in tally(resolved).items())
     rows = [
-        ("labels", f"{len(resolutions):,} ({tally})"),
+        ("labels", f"{len(resolutions):,} ({hows})"),
         *(("from", f"{i['path']} ({count(i['labels'], 'label')})") for i in resolved.labels.inputs),
         *(("source", str(source)) for source in resolver.sources),
         *(("symbols", names.describe()) for names in resolver.names_read),

@@ -24,7 +24,9 @@ from state_esm_features.console import (
     Stopped,
     announce,
     libraries_into,
+    on_signals,
     raise_if_stopped,
+    raise_stopped,
     some,
 )
 from state_esm_features.files import DISK_FULL, read_json, same_file, write_whole
@@ -306,6 +308,8 @@ def train(state: Training, record: Mapping[str, Any]) -> None:
         printed.open("a", buffering=1, encoding="utf-8") as log_file,
         loaders_end_with_us(),
         libraries_into(log_file),
+        # of what comes before `take_signals`: Lightning itself ends the process on Ctrl-C
+        on_signals(raise_stopped, STOP_SIGNALS),
         appended_callbacks(our_callbacks(state, record["step_checkpoints"])),
     ):
         try:
@@ -343,7 +347,7 @@ def in_plain_words(error: Exception, state: Training) -> Exception:
     return InputError(f"{what} (at step {state.step:,}; {state.good_checkpoint()}): {first_line}")
 
 
-def follow(run_dir: Path) -> int:
+def follow(run_dir: Path) -> None:
     """Train as one of several ranks, on what the first one has decided and written.
 
     Lightning (and srun, torchrun) start the same command once for every rank; the checks, the
@@ -363,4 +367,3 @@ def follow(run_dir: Path) -> int:
     except (Stopped, InputError):
         if not state.together:  # else all ranks stop, and the first one says why
             raise
-    return 0

@@ -20,6 +20,7 @@ from state_esm_features.console import InputError, Notes, count, short, some
 from state_esm_features.embedding.features_file import manifest_path, read_manifest, trained_sha256
 from state_esm_features.experiment import SECTIONS, absolute_paths, toml_text
 from state_esm_features.option_groups import CONSECUTIVE, RunOptions
+from state_esm_features.results import TrainingResult
 from state_esm_features.training.checkpoints import checkpoint_steps, intact
 from state_esm_features.training.fast_loading import fast_paths
 from state_esm_features.training.launch import launch_id
@@ -268,6 +269,14 @@ def finish(plan: Plan, record: dict[str, Any], state: Training, notes: Notes) ->
     notes.line(f"finished  {plan.run_dir}: {state.step:,} steps, {losses}")
     for what, command in what_is_next(plan):
         notes.line(f"{what:<9} {command}")
+
+
+def result(status: str, plan: Plan, record: Mapping[str, Any]) -> TrainingResult:
+    """What a caller in Python is told of a run."""
+    losses = {name: record[name] for name in ("train_loss", "val_loss") if name in record}
+    steps = record.get("steps", 0)
+    commands = (what_is_next(plan)[-1][1], plan.stock_command())
+    return TrainingResult(status, plan.run_dir, steps, losses, *commands)
 
 
 def close_record(run_dir: Path, record: dict[str, Any], state: Training) -> None:
