@@ -44,7 +44,7 @@ manifest: where every vector comes from). The path of FILE.pt is printed on stdo
 adds the labels that a trained run does not know to it, by the rules of its own features;
 `--into-run DIR --undo` takes them out again.
 
-Exit codes: 0 done, 1 bad data (nothing is written), 2 usage, 75 the run is held by another
+Exit codes: 0 done, 1 bad data (no features are written), 2 usage, 75 the run is held by another
 process, 130/143 stopped by a signal.
 """
 
@@ -53,8 +53,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -83,9 +82,8 @@ from state_esm_features.embedding.features import resolve_labels
 from state_esm_features.embedding.labels import collect_labels
 from state_esm_features.embedding.plot import draw
 from state_esm_features.embedding.report import result, summary, write_report
-from state_esm_features.embedding.vectors import note_identical
+from state_esm_features.embedding.vectors import Resolved, Vectors, note_identical
 from state_esm_features.experiment import features_section, note_section
-from state_esm_features.files import begins_with, cannot_write
 from state_esm_features.h5ad import columns_of_all
 from state_esm_features.option_groups import (
     FEATURE_GROUPS,
@@ -129,46 +127,22 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_outputs(output: OutputOptions, inputs: Iterable[Path]) -> None:
-    """Refuse outputs that cannot be written, or would take the place of what is no such output.
-
-    An older features file needs no check: `set_aside` keeps it.
-    """
-    taken = {path.resolve(): "an input" for path in inputs}
-    for option, path, start in (
-        ("--output", output.output, b""),
-        ("--report", output.report, b"label\t"),
-        ("--plot", output.plot, b"\x89PNG"),
-    ):
-        if path is None:
-            continue
-        if path.is_dir():
-            raise InputError(f"{option} {path} is a folder; give the name of a file in it")
-        place = path.resolve()
-        if place in taken:
-            raise InputError(f"{option} {path} is {taken[place]}; give another name")
-        if path.is_file() and path.stat().st_size and not begins_with(path, start):
-            raise InputError(f"{option} {path} is there and of another kind; give another name")
-        taken[place] = f"also the {option}"
-        taken[features_file.manifest_path(place)] = f"the manifest of {option}"
-        folder = next(p for p in place.parents if p.exists())
-        try:
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-        except OSError as error:
-            raise cannot_write(path, error) from error
-
-
 def write_file(
     given: Mapping[str, Any], options: FeatureOptions, command: Sequence[str], notes: Notes
 ) -> FeaturesResult:
-    """From labels to the features file, in the order of the data."""
+    """From labels to the features file; report and picture are written in a dry run too."""
     wanted, output = make(LabelOptions, given), make(OutputOptions, given)
-    check_outputs(output, inputs_of(wanted, options))
+    features_file.check_outputs(output, inputs_of(wanted, options))
     labels = collect_labels(wanted, notes)
     notes.say()
     resolved = resolve_labels(
-        labels, options, notes, output.dry_run, wanted.all_genes, output.report, can_report=True
+        labels,
+        options,
+        notes,
+        dry_run=output.dry_run,
+        all_genes=wanted.all_genes,
+        report=output.report,
+        can_report=True,
     )
     if resolved is None:  # a dry run that would have to download a table
         return result("dry run", None)
@@ -178,6 +152,20 @@ def write_file(
         notes.line(f"dry run: {count(len(resolved.to_embed), 'gene')} to compute, nothing written")
         return result("dry run", resolved)
     notes.say()
+    features = compute_and_show(resolved, output, notes)
+    assert output.output is not None  # `usage_error` has asked for it
+    if output.dry_run:
+        features_file.set_aside(output.output, notes, act=False)
+        notes.line(f"dry run: {output.output} not written")
+        return result("dry run", resolved)
+    manifest = partial(features_file.build_manifest, resolved, features, command)
+    features_file.write_features(output.output, features, manifest, notes)
+    manifest_path = features_file.manifest_path(output.output)
+    return result("written", resolved, output.output, manifest_path)
+
+
+def compute_and_show(resolved: Resolved, output: OutputOptions, notes: Notes) -> Vectors:
+    """{label: vector}, read and computed; report, picture and summary show them."""
     features, vectors = resolved.features()
     compared = Compared(resolved, features, vectors)
     if output.report:
@@ -190,15 +178,7 @@ def write_file(
     notes.line(summary(resolved, compared))
     if output.plot:
         notes.line(f"picture   {output.plot}")
-    assert output.output is not None  # the parser has asked for it
-    if output.dry_run:
-        features_file.set_aside(output.output, notes, act=False)
-        notes.line(f"dry run: {output.output} not written")
-        return result("dry run", resolved)
-    manifest = partial(features_file.build_manifest, resolved, features, command)
-    features_file.write_features(output.output, features, manifest, notes)
-    manifest_path = features_file.manifest_path(output.output)
-    return result("written", resolved, output.output, manifest_path)
+    return features
 
 
 def inputs_of(wanted: LabelOptions, options: FeatureOptions) -> list[Path]:
@@ -239,10 +219,10 @@ def extend_run(
     if added:
         notes.line(f"added     {count(len(added), 'label')} to {run.named}: {some(added)}")
         template = wanted.adata[0] if wanted.adata else TEMPLATE
-        command = infer_command(run.named, run.pert_col, run.embed_key, template)
+        predict = infer_command(run.named, run.pert_col, run.embed_key, template)
         words = ["create-esm-pert-features", "--into-run", str(run.named), "--undo"]
         notes.line(f"undo      {shlex.join(words)}")
-        notes.line(f"predict   {command}")
+        notes.line(f"predict   {predict}")
     else:
         notes.line(f"up to date: {run.named} knows all of these labels")
     manifest = features_file.manifest_path(run.features)

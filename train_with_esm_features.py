@@ -150,10 +150,7 @@ def plan_and_train(
     earlier = earlier_run(run_dir)
     options = choose_features(options, earlier, run_dir, notes)
     named = options.data.pert_features
-    manifest = read_manifest(named) if named and named.is_file() else None
-    ablation = (manifest or {}).get("ablation")
-    if ablation:  # said before everything else
-        notes.always(f"ABLATION: {ablation['kind']}, seed {ablation['seed']}: not real features")
+    manifest = manifest_of(named, notes)  # what these features are is said before everything else
     if unrepeatable:
         notes.warn(unrepeatable)
     notes.say()
@@ -177,6 +174,15 @@ def plan_and_train(
     return result("dry run" if options.run.dry_run else how, plan, record)
 
 
+def manifest_of(features: Path | None, notes: console.Notes) -> Mapping[str, Any] | None:
+    """The manifest of the features that are named, if there is one; an ablation is noted."""
+    manifest = read_manifest(features) if features and features.is_file() else None
+    if manifest and manifest["ablation"]:
+        ablation = manifest["ablation"]
+        notes.always(f"ABLATION: {ablation['kind']}, seed {ablation['seed']}: not real features")
+    return manifest
+
+
 def run_dir_of(options: TrainOptions) -> Path:
     """OUTPUT_DIR/NAME, absolute."""
     model = typed_settings(options.overrides).get("model") or options.training.model or "state_sm"
@@ -193,22 +199,22 @@ def train_in(plan: Plan, how: str, notes: console.Notes) -> dict[str, Any]:
     record = start(plan, how, notes)
     notes.line(f"training; what State and its libraries say goes to {plan.run_dir / 'train.log'}")
     notes.say()
-    state = Training(plan.run_dir, plan.stock["training"]["max_steps"])
-    state.first = state.step = record["starts"][-1]["from_step"]
+    progress = Training(plan.run_dir, plan.stock["training"]["max_steps"])
+    progress.first = progress.step = record["starts"][-1]["from_step"]
     try:
-        loop.train(state, record)
+        loop.train(progress, record)
     except BaseException as error:
         stopped = isinstance(error, (console.Stopped, KeyboardInterrupt))
         record["status"] = "stopped" if stopped else "failed"
         # of a full disk: the first error is the one to see
         with contextlib.suppress(console.InputError):
-            if plan.earlier and how == "resume" and not state.started:
+            if plan.earlier and how == "resume" and not progress.started:
                 # it is still the run that it was
                 write_json(plan.run_dir / "run.json", plan.earlier)
             else:
-                close_record(plan.run_dir, record, state)
+                close_record(plan.run_dir, record, progress)
         raise
-    finish(plan, record, state, notes)
+    finish(plan, record, progress, notes)
     return record
 
 

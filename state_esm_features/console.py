@@ -198,6 +198,7 @@ def exit_code(
             with on_signals(raise_stopped, stop_signals):
                 return step()
         finally:
+            _asked.clear()
             if notes:
                 notes.say()
     except UsageError:
@@ -228,6 +229,8 @@ def called(step: Callable[[], T], notes: Notes) -> T:
     try:
         return step()
     except InputError as error:
+        # Python keeps the last error: what led to it would hold the memory of a model
+        error.__cause__ = error.__context__ = None
         raise error.with_traceback(None) from None
     except Stopped as stop:
         traceback.clear_frames(stop.__traceback__)  # ends progress bars, also those of libraries
@@ -235,6 +238,7 @@ def called(step: Callable[[], T], notes: Notes) -> T:
             raise KeyboardInterrupt from None
         raise SystemExit(stop.code) from stop
     finally:
+        _asked.clear()
         notes.say()
 
 
@@ -311,8 +315,14 @@ class Findings(Notes):
             raise one_error(list(dict.fromkeys(self.problems)))
 
 
+def line_due(moment: float, start: float, said: float) -> bool:
+    """Whether progress is said again: in seconds, at 0, 5, 10, 20, 40, then twice as late, and
+    from a minute on once a minute. A notebook or a log soon has something to show."""
+    return moment - said >= min(60, max(5, said - start))
+
+
 class Bar:
-    """Progress where messages go: a bar on a terminal, else a line a minute.
+    """Progress where messages go: a bar on a terminal, else lines, as `line_due` says.
 
     Parameters
     ----------
@@ -320,7 +330,6 @@ class Bar:
         Units that may be slower than the rest: there is no time left before they are done.
     """
 
-    SECONDS = 60
     WARMING_UP = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]"
     """tqdm's own form, without the time left."""
 
@@ -361,7 +370,8 @@ class Bar:
         self.bar.set_postfix_str(notes, refresh=False)
         self.bar.update(n)
         moment = time.monotonic()
-        if not self.bar.disable or (moment - self.said < self.SECONDS and self.done < self.total):
+        due = line_due(moment, self.start, self.said) or self.done >= self.total
+        if not self.bar.disable or not due:
             return
         self.said = moment
         rate = (self.done - self.initial) / max(moment - self.start, 1e-9)

@@ -12,13 +12,19 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from state_esm_features import console
 from state_esm_features.console import (
     Bar,
+    InputError,
+    Notes,
     announce,
+    called,
     exit_code,
     libraries_into,
+    line_due,
     log,
     raise_if_stopped,
+    raise_stopped,
     start_log,
 )
 
@@ -50,6 +56,46 @@ def test_a_stop_of_another_command_in_this_process_is_over(
         return 0
 
     assert exit_code(step) == 0
+    assert exit_code(lambda: os.kill(os.getpid(), signal.SIGTERM) or 0) == 143
+    assert called(step, Notes()) == 0
+
+
+def test_a_call_from_python_raises_what_stopped_it() -> None:
+    """Notes are said, and what it held is free: the error of a notebook's last cell is kept."""
+
+    class Model:
+        pass
+
+    notes = Notes()
+    held = []
+
+    def out_of_memory() -> None:
+        model = Model()
+        held.append(weakref.ref(model))
+        notes.always("said")
+        try:
+            raise RuntimeError(str(model))
+        except RuntimeError as error:
+            raise InputError("out of memory") from error
+
+    with pytest.raises(InputError, match="out of memory") as error:
+        called(out_of_memory, notes)
+    assert error.value.__cause__ is error.value.__context__ is None
+    assert held[0]() is None
+    assert notes.noted == []  # said
+    with pytest.raises(KeyboardInterrupt):
+        called(lambda: raise_stopped(signal.SIGINT, None), notes)
+    with pytest.raises(SystemExit) as stop:
+        called(lambda: raise_stopped(signal.SIGUSR1, None), notes)
+    assert stop.value.code == 143
+
+
+def test_progress_is_said_soon_and_then_once_a_minute() -> None:
+    said = [float("-inf")]
+    for second in range(100, 401):
+        if line_due(second, 100, said[-1]):
+            said.append(second)
+    assert [moment - 100 for moment in said[1:]] == [0, 5, 10, 20, 40, 80, 140, 200, 260]
 
 
 class Terminal(io.StringIO):
@@ -78,7 +124,7 @@ def test_no_time_left_is_said_before_five_steps_are_done(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     messages = start(io.StringIO())
-    monkeypatch.setattr(Bar, "SECONDS", -1)  # each step is said
+    monkeypatch.setattr(console, "line_due", lambda *_: True)  # each step is said
     bar = Bar(20, "step", "step", initial=10, warm_up=5)
     for _ in range(10):
         bar.add(1)

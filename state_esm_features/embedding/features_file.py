@@ -6,15 +6,26 @@ What the vectors mean is not known here.
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from state_esm_features import __version__
-from state_esm_features.console import Notes
+from state_esm_features.console import InputError, Notes
 from state_esm_features.embedding.resolve import Gene, Resolution, Source, how_resolved
 from state_esm_features.embedding.vectors import Resolved, Vectors, identical
-from state_esm_features.files import as_json, keep, place_to_keep, read_json, sha256_of, staged
+from state_esm_features.files import (
+    as_json,
+    begins_with,
+    cannot_write,
+    keep,
+    place_to_keep,
+    read_json,
+    sha256_of,
+    staged,
+)
+from state_esm_features.option_groups import OutputOptions
 
 MANIFEST_FORMAT = 1
 
@@ -30,6 +41,33 @@ def read_manifest(features: Path) -> dict[str, Any] | None:
     if manifest is None or manifest.get("format") != MANIFEST_FORMAT:
         return None
     return manifest if manifest.get("features_sha256") == sha256_of(features) else None
+
+
+def check_outputs(output: OutputOptions, inputs: Iterable[Path]) -> None:
+    """Refuse outputs that cannot be written, or would take the place of what is no such output."""
+    taken = {path.resolve(): "an input" for path in inputs}
+    for option, path, start in (
+        ("--output", output.output, b""),  # any file: `set_aside` keeps what is not ours
+        ("--report", output.report, b"label\t"),
+        ("--plot", output.plot, b"\x89PNG"),
+    ):
+        if path is None:
+            continue
+        if path.is_dir():
+            raise InputError(f"{option} {path} is a folder; give the name of a file in it")
+        place = path.resolve()
+        if place in taken:
+            raise InputError(f"{option} {path} is {taken[place]}; give another name")
+        if path.is_file() and path.stat().st_size and not begins_with(path, start):
+            raise InputError(f"{option} {path} is there and of another kind; give another name")
+        taken[place] = f"also the {option}"
+        taken[manifest_path(place)] = f"the manifest of {option}"
+        folder = next(p for p in place.parents if p.exists())
+        try:
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise cannot_write(path, error) from error
 
 
 def label_record(resolution: Resolution, sources: Sequence[Source], missing: str) -> dict[str, Any]:
