@@ -478,7 +478,7 @@ def untrained(
 ) -> Train:
     """Run main([...]) where so many loader workers fit; all but the training itself is done."""
     monkeypatch.setenv("PYTHONHASHSEED", "0")
-    monkeypatch.setattr(script, "train", lambda state, record: None)
+    monkeypatch.setattr(script.loop, "train", lambda state, record: None)
 
     def run(fitting: int, *arguments: object) -> Result:
         monkeypatch.setattr(plan_module, "choose_workers", lambda *_: fitting)
