@@ -16,6 +16,8 @@
 #     "pandas>=2.3.3",
 #     "platformdirs>=4.3",
 #     "psutil>=6",
+#     "pyarrow>=18",
+#     "safetensors>=0.4.3",
 #     "scanpy>=1.11.2",
 #     "scikit-learn>=1.6.1",
 #     "tables>=3.10.1",
@@ -114,7 +116,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="create_esm_pert_features.py",
         usage="%(prog)s (--from-toml | --gene-list | --adata) FILE\n"
-        "           [--esm-embeddings FILE] [--fasta FILE] (--output FILE.pt | --into-run DIR)\n"
+        "           [--esm-embeddings PATH] [--fasta FILE] (--output FILE.pt | --into-run DIR)\n"
         "           [option ...]    (--help lists them)",
         description="Write the ESM2 protein embedding of every perturbation of a screen.",
         epilog="Then: train_with_esm_features.py --config TOML --pert-features FILE.pt",

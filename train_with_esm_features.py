@@ -16,6 +16,8 @@
 #     "pandas>=2.3.3",
 #     "platformdirs>=4.3",
 #     "psutil>=6",
+#     "pyarrow>=18",
+#     "safetensors>=0.4.3",
 #     "scanpy>=1.11.2",
 #     "scikit-learn>=1.6.1",
 #     "tables>=3.10.1",

@@ -30,6 +30,12 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def sha256_of_files(paths: Sequence[Path]) -> str:
+    """Hex sha256 of a folder's files: over their sorted names and contents."""
+    listed = (f"{path.name}\0{sha256_of(path)}\n" for path in sorted(paths))
+    return hashlib.sha256("".join(listed).encode()).hexdigest()
+
+
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -219,10 +225,16 @@ def read_torch(
     path: Path,
     advice: str = "Save it again as a plain {symbol: torch.Tensor} dict",
     allowed: Sequence[Any] = (),
+    mapped: bool = True,
 ) -> Any:
     """torch.load that never executes pickled code, memory-mapped where the format allows it.
 
-    `allowed` are classes and functions beside tensors and plain values that the file may hold.
+    Parameters
+    ----------
+    allowed
+        Classes and functions beside tensors and plain values that the file may hold.
+    mapped
+        False for many small files: each mapping is one that the system counts.
     """
     import pickle
     import zipfile
@@ -230,16 +242,21 @@ def read_torch(
     import torch
 
     try:
-        mmap = zipfile.is_zipfile(path)
+        mmap = mapped and zipfile.is_zipfile(path)
         with (
             warnings.catch_warnings(action="ignore"),  # of the pickle protocol; decided below
             torch.serialization.safe_globals(list(allowed)),
         ):
             return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
     except pickle.UnpicklingError as error:
+        objects = "pickled Python objects beside tensors"
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"it is no file of torch.save, or it holds {objects}"
+        if named:
+            what = f"it holds {objects} ({named[1]})"
         raise InputError(
-            f"{path} was refused without running it: it is no file of torch.save, or it holds "
-            f"pickled Python objects beside tensors, and loading those can execute code. {advice}"
+            f"{path} was refused without running it: {what}, and loading those can execute code. "
+            f"{advice}"
         ) from error
     except Exception as error:  # damaged bytes raise all kinds
         if out_of_memory(error):

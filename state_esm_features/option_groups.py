@@ -143,9 +143,14 @@ class SourceOptions:
     """Where vectors come from."""
 
     esm_embeddings: tuple[Path, ...] = option(
-        "table of vectors, .pt or .npz; repeatable, the first that has a gene wins (default "
-        f"without --fasta: Arc's, downloaded once, {ARC_BYTES / 1e6:.0f} MB)",
-        **FILES,
+        "table of vectors, a file or a folder in any form that docs/tables.md names; repeatable, the "
+        "first that has a gene wins (default without --fasta: Arc's, downloaded once, "
+        f"{ARC_BYTES / 1e6:.0f} MB)",
+        **{**FILES, "metavar": "PATH"},
+    )
+    table_key: str | None = option(
+        "which vectors of an .h5ad or of a table of columns that has several, e.g. obsm/KEY",
+        metavar="KEY",
     )
     fasta: tuple[Path, ...] = option(
         "proteins of genes that no table given has, .gz too; repeatable", **FILES
@@ -174,7 +179,9 @@ class SequenceOptions:
         choices=("window", "truncate"),
     )
     layer: int | None = option(
-        "layer of the model whose output is averaged over the residues (default: the last)", **WHOLE
+        "layer to average over the residues, of the model or of a folder of extract.py (default: "
+        "the last)",
+        **WHOLE,
     )
     device: str = option(
         "where vectors are computed from sequences (default: auto, a GPU if there is one)",
@@ -443,9 +450,14 @@ def misused(options: FeatureOptions, given: Mapping[str, Any]) -> str | None:
         return "--separator is empty"
     if options.sequences.cache and options.sequences.no_cache:
         return "--cache and --no-cache exclude each other"
+    in_tables = {"layer"} if options.sources.esm_embeddings else set()
     of_fasta = [
-        names_of(f)[0] for f in fields(SequenceOptions) if given.get(f.name, False) is not False
+        names_of(f)[0]
+        for f in fields(SequenceOptions)
+        if given.get(f.name, False) is not False and f.name not in in_tables
     ]
+    if options.sources.table_key is not None and not options.sources.esm_embeddings:
+        return "--table-key needs --esm-embeddings PATH"
     if of_fasta and not options.sources.fasta:
         return f"{of_fasta[0]} needs --fasta FILE"
     return None

@@ -531,7 +531,13 @@ def test_the_manifest_says_where_every_vector_comes_from(project: Path, create: 
             {"path": "g.txt", "kind": "gene-list", "sha256": sha256["g.txt"], "labels": 2},
         ],
         "sources": [
-            {"kind": "table", "path": "table.pt", "sha256": sha256["table.pt"], "genes": 50}
+            {
+                "kind": "table",
+                "form": "torch dict",
+                "path": "table.pt",
+                "sha256": sha256["table.pt"],
+                "genes": 50,
+            }
         ],
         "symbols": [],
         "policy": {

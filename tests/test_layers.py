@@ -22,7 +22,9 @@ FLOORS = (
     ("console", "files", "options", "option_groups", "results"),
     (
         *("experiment", "h5ad", "embedding.gene_names", "embedding.downloads"),
-        *("embedding.tables", "embedding.fasta"),
+        *("embedding.fasta", "embedding.plain_pickle", "embedding.table_columns"),
+        *("embedding.table_content", "embedding.table_folders", "embedding.table_forms"),
+        "embedding.tables",
     ),
     (
         *("embedding.esm2", "embedding.cache", "embedding.embed", "embedding.resolve"),

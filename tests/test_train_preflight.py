@@ -610,11 +610,14 @@ def test_features_file_with_code_in_it_is_refused_and_not_executed(
     marker = ready / "executed"
     torch.save({**stored(ready), "SIM002": Planted(marker)}, ready / "bad.pt")
     (ready / "plain.pt").write_bytes(pickle.dumps(Planted(marker)))
-    for name in ("bad.pt", "plain.pt"):
+    objects = "it holds pickled Python objects beside tensors"
+    for name, what in (
+        ("bad.pt", f"{objects} (getattr)"),
+        ("plain.pt", f"it is no file of torch.save, or {objects}"),
+    ):
         refused(
-            f"{name} was refused without running it: it is no file of torch.save, or it holds "
-            "pickled Python objects beside tensors, and loading those can execute code. Save it "
-            "again as a plain {symbol: torch.Tensor} dict",
+            f"{name} was refused without running it: {what}, and loading those can execute code. "
+            "Save it again as a plain {symbol: torch.Tensor} dict",
             features=name,
         )
         assert not marker.exists()

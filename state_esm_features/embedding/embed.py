@@ -157,6 +157,14 @@ def find_checkpoint(
             f"--layer {options.layer}: {options.esm_model} has layers 0 (embeddings) to "
             f"{checkpoint.layers}"
         )
+    layer = checkpoint.layers if options.layer is None else options.layer
+    for table in tables:
+        if table.part.get("layer", layer) != layer:
+            raise InputError(
+                f"{table.path} holds layer {table.part['layer']} of its model, and "
+                f"{options.esm_model} would compute layer {layer}; choose one for both with "
+                "--layer, or leave the table out"
+            )
     return checkpoint
 
 

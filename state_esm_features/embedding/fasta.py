@@ -35,6 +35,10 @@ GENE_IN_HEADER = (
 """Where a FASTA header names its gene: UniProt, NCBI, Ensembl's symbol and gene id."""
 
 
+ENSEMBL_GENE = r"(?<![A-Za-z0-9])ENS(?:[A-Z]{3,4})?G\d{11}(?!\d)"
+"""An Ensembl gene id, as a part of query_ENSG00000115415_canonical too."""
+
+
 @dataclass(frozen=True)
 class Protein:
     """A record of a FASTA file: its identifier and its sequence in capitals."""
@@ -140,11 +144,12 @@ class Proteins:
 def genes_in_header(header: str) -> list[str]:
     """Symbol and gene id that a FASTA header names, versions of Ensembl ids stripped.
 
-    A header that is one word without `|` is the symbol itself.
+    A header that is one word without `|` is the Ensembl gene id in it, else the symbol itself.
     """
     found = [m[1].strip() for p in GENE_IN_HEADER if (m := re.search(p, header))]
     if not found and re.fullmatch(r"[^\s|]+", header):
-        found = [header]
+        ids = dict.fromkeys(re.findall(ENSEMBL_GENE, header))
+        found = [*ids] if len(ids) == 1 else [header]
     return list(dict.fromkeys(map(without_version, found)))
 
 

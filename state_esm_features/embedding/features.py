@@ -81,7 +81,7 @@ def resolve_labels(
 
 def open_sources(options: FeatureOptions, dry_run: bool, notes: Notes) -> list[Source]:
     """Tables, then proteins, in the order in which they are asked."""
-    sources: list[Source] = [*open_tables(options.sources, dry_run, notes)]
+    sources: list[Source] = [*open_tables(options.sources, options.sequences.layer, dry_run, notes)]
     if options.sources.fasta:
         sources.append(load_proteins(options.sources.fasta, options.sequences, notes))
     return sources

@@ -1,19 +1,24 @@
-"""Tables {gene: vector} as people keep them, one reader a form; none executes what it reads.
+"""Tables {gene: vector}: opened in whatever form they are in, and checked, once for all forms.
 
-How a label finds its gene is not known here.
+The forms stand in `table_forms` and `table_folders`. How a label finds its gene is not known here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from state_esm_features.console import InputError, Notes, count, first_line, some
+from state_esm_features.console import InputError, Notes, count, some
 from state_esm_features.embedding.downloads import arc_table_path
-from state_esm_features.files import existing_file, read_torch, sha256_of
+from state_esm_features.embedding.fasta import genes_in_header
+from state_esm_features.embedding.table_content import Asked, Content
+from state_esm_features.embedding.table_forms import read_form
+from state_esm_features.files import existing_file, sha256_of, sha256_of_files
 from state_esm_features.option_groups import SourceOptions
 
 if TYPE_CHECKING:
@@ -27,21 +32,33 @@ class Table:
     Attributes
     ----------
     path
-        The file.
+        The file, or the folder.
     vectors
-        {gene symbol: tensor}; memory-mapped, so a vector is read when it is used.
+        {gene: tensor}; memory-mapped where the form allows it: a vector is read when it is used.
     width
         Length of every vector.
+    form
+        As the manifest names it.
+    files
+        Those of a folder.
+    part
+        The layer, or the key, where a table holds several.
+    second_names
+        Genes of `vectors` that are another name of one before them.
     """
 
     path: Path
     vectors: Mapping[str, torch.Tensor]
     width: int
+    form: str = "torch dict"
+    files: Sequence[Path] = ()
+    part: Mapping[str, Any] = field(default_factory=dict)
+    second_names: frozenset[str] = frozenset()
 
-    @property
+    @cached_property
     def symbols(self) -> Iterable[str]:
-        """Every gene of it."""
-        return self.vectors
+        """Every gene of it, by its first name."""
+        return [gene for gene in self.vectors if gene not in self.second_names]
 
     def __contains__(self, gene: str) -> bool:
         return gene in self.vectors
@@ -53,17 +70,26 @@ class Table:
         """What the manifest says of a gene beside its source: nothing, of a table."""
         return {}
 
+    @cached_property
+    def sha256(self) -> str:
+        """Of the file; of a folder, over the names and contents of its files."""
+        return sha256_of_files(self.files) if self.path.is_dir() else sha256_of(self.path)
+
     def record(self) -> dict[str, Any]:
         """What the manifest says of the table."""
         return {
             "kind": "table",
+            "form": self.form,
             "path": str(self.path),
-            "sha256": sha256_of(self.path),
-            "genes": len(self.vectors),
+            "sha256": self.sha256,
+            "genes": len(self.vectors) - len(self.second_names),
+            **self.part,
         }
 
     def __str__(self) -> str:
-        return f"{self.path} ({count(len(self.vectors), 'gene')} x {self.width:,})"
+        genes = len(self.vectors) - len(self.second_names)
+        part = "".join(f", {what.split('_')[-1]} {value}" for what, value in self.part.items())
+        return f"{self.path} ({count(genes, 'gene')} x {self.width:,}{part})"
 
     def __getitem__(self, gene: str) -> torch.Tensor:
         """Vector of a gene as float32 (width,), a copy that owns its memory."""
@@ -88,93 +114,185 @@ class Table:
         return (total / max(genes, 1)).float()
 
 
-def load_table(path: Path, notes: Notes) -> Table:
-    """Open a table without executing anything in it and without reading its vectors.
+def load_table(path: Path, notes: Notes, asked: Asked | None = None) -> Table:
+    """Open a table without executing anything in it and, where it can be mapped, without reading
+    its vectors.
 
     Parameters
     ----------
     path
-        .npz with `genes` (n,) and `embeddings` (n, width), or a file of torch.save holding
-        {symbol: tensor (width,) or (1, width)}.
+        A file or folder in one of the forms of docs/tables.md.
+    asked
+        --layer and --table-key.
 
     Raises
     ------
     InputError
-        Not such a file, mixed widths, or a pickle that holds more than tensors.
+        None of these forms; a damaged file, or one that can execute code; not one finite vector of
+        one width a gene.
     """
-    existing_file(path, "embeddings table")
-    content = _read_npz(path) if path.suffix.lower() == ".npz" else read_torch(path)
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds no {{symbol: vector}} table, but {type(content).__name__}")
-    if not content:
+    if not path.is_dir():
+        existing_file(path, "embeddings table")
+    content = read_form(path, asked or Asked())
+    if not len(content.names):
         raise InputError(f"{path} holds an empty table")
-    import torch
+    for text in content.said:
+        notes.line(f"{path}: {text}")
+    names = gene_keys(path, content)
+    rows = dict(zip((own for own, *_ in names), tensors(path, content), strict=True))
+    _check_shapes(path, rows)
+    width = _one_width(path, rows)
+    _check_dtypes(path, rows, notes)
+    second = {other: rows[own] for own, *others in names for other in others if other not in rows}
+    return Table(
+        *(path, rows | second, width, content.form),
+        files=content.files,
+        part=content.part,
+        second_names=frozenset(second),
+    )
 
-    wrong = [k for k, v in content.items() if not isinstance(k, str) or not torch.is_tensor(v)]
+
+def gene_keys(path: Path, content: Content) -> list[list[str]]:
+    """The genes of the vectors: of each its name, and others that it has. Each stands once.
+
+    The one place where the keys of a table become genes.
+    """
+    wrong = [name for name in content.names if not isinstance(name, str) or not name.strip()]
     if wrong:
         raise InputError(
-            f"{path}: {len(wrong):,} of {len(content):,} entries are not symbol -> tensor "
-            f"({some(f'{k!r}: {type(content[k]).__name__}' for k in wrong)})"
+            f"{path}: {len(wrong):,} of {len(content.names):,} keys are no names of genes "
+            f"({some(map(repr, wrong))}); name each gene by a text"
         )
+    keys = [[str(name)] for name in content.names]
+    if content.headers:
+        keys = [genes_in_header(name) or [name] for name in content.names]
+    counted = Counter(own for own, *_ in keys)
+    repeated = [gene for gene, n in counted.items() if n > 1]
+    if repeated:
+        raise InputError(
+            f"{path}: {count(len(repeated), 'gene')} more than once ({some(repeated)}); keep one "
+            "vector of each"
+        )
+    return keys
+
+
+def tensors(path: Path, content: Content) -> list[torch.Tensor]:
+    """The vectors as tensors, in the numbers in which they are stored."""
+    import torch
+
+    with warnings.catch_warnings(action="ignore"):  # of arrays that cannot be written into
+        if hasattr(content.vectors, "dtype"):
+            return list(torch.from_numpy(native(content.vectors)).unbind())
+        made = [as_tensor(vector) for vector in content.vectors]
+    wrong = {
+        name: vector
+        for name, vector, tensor in zip(content.names, content.vectors, made, strict=True)
+        if tensor is None
+    }
+    if wrong:
+        said = some(f"{name!r}: {described(vector)}" for name, vector in wrong.items())
+        advice = ""
+        if all(isinstance(vector, dict) for vector in wrong.values()):
+            advice = ". Save the vector itself of each gene, for instance of one layer"
+        raise InputError(
+            f"{path}: {len(wrong):,} of {len(made):,} entries are not gene -> vector of numbers "
+            f"({said}){advice}"
+        )
+    return [tensor for tensor in made if tensor is not None]
+
+
+def described(value: Any) -> str:
+    """What a value is that is no vector."""
+    kind = type(value).__name__
+    if isinstance(value, dict):
+        return f"dict of {some(value, 3)}"
+    return f"array of {value.dtype}" if kind == "ndarray" else kind
+
+
+def as_tensor(value: Any) -> torch.Tensor | None:
+    """A vector as a tensor, without a copy where that can be; None if it is none."""
+    import numpy as np
+    import torch
+
+    if torch.is_tensor(value):
+        return value
+    if isinstance(value, (list, tuple)):
+        try:
+            value = np.asarray(value)
+        except ValueError:  # lists of unlike lengths
+            return None
+    if not isinstance(value, (np.ndarray, np.generic)) or value.dtype.kind not in "biufc":
+        return None
+    return torch.from_numpy(native(np.asarray(value)))
+
+
+def native(array: Any) -> Any:
+    """Numbers in the order of bytes and the precisions that torch has."""
+    import numpy as np
+
+    dtype = np.dtype(np.float64) if array.dtype.itemsize == 16 and array.dtype.kind == "f" else None
+    dtype = dtype or array.dtype.newbyteorder("=")
+    return array if array.dtype == dtype and array.dtype.isnative else array.astype(dtype)
+
+
+def _check_shapes(path: Path, rows: Mapping[str, torch.Tensor]) -> None:
+    """One vector a gene: (width,) or (1, width)."""
+    several = {
+        gene: tuple(v.shape)
+        for gene, v in rows.items()
+        if v.dim() != 1 and not (v.dim() == 2 and len(v) == 1)
+    }
+    if not several:
+        return
+    gene, shape = next(iter(several.items()))
+    shapes = {shape for shape in several.values() if len(shape) == 2}
+    advice = ""
+    if len(shapes) > 1 and len({s[1] for s in shapes}) == 1:
+        advice = ". These are vectors of residues: save the mean over them, vector.mean(0)"
+    elif len(shapes) > 1 and len({s[0] for s in shapes}) == 1:
+        advice = ". These are vectors of residues, transposed: save the mean, vector.mean(1)"
+    raise InputError(f"{path}: {gene!r} has shape {shape}; expected one vector a gene{advice}")
+
+
+def _one_width(path: Path, rows: Mapping[str, torch.Tensor]) -> int:
     widths: dict[int, str] = {}
-    for gene, vector in content.items():
-        if vector.dim() != 1 and not (vector.dim() == 2 and len(vector) == 1):
-            raise InputError(
-                f"{path}: {gene!r} has shape {tuple(vector.shape)}; expected one vector a gene"
-            )
+    for gene, vector in rows.items():
         widths.setdefault(vector.shape[-1], gene)
     if len(widths) > 1 or 0 in widths:
         seen = some(f"{w} ({gene!r})" for w, gene in widths.items())
         raise InputError(f"{path}: vectors of different widths: {seen}; one table, one width")
-    _check_dtypes(path, content, notes)
-    return Table(path, content, next(iter(widths)))
+    return next(iter(widths))
 
 
-def _read_npz(path: Path) -> dict[str, torch.Tensor]:
-    import zipfile
-
-    import numpy as np
-    import torch
-
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            genes, embeddings = arrays["genes"], arrays["embeddings"]
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(
-            f"{path} is no table: expected arrays `genes` (n,) of text and "
-            f"`embeddings` (n, width) ({first_line(error)})"
-        ) from error
-    shapes_ok = genes.ndim == 1 and embeddings.ndim == 2 and len(genes) == len(embeddings)
-    if not shapes_ok or genes.dtype.kind not in "US" or embeddings.dtype.kind not in "fiu":
-        raise InputError(
-            f"{path}: expected `genes` (n,) of text and `embeddings` (n, width), found "
-            f"{genes.dtype} {genes.shape} and {embeddings.dtype} {embeddings.shape}"
-        )
-    table = dict(zip(genes.astype(str).tolist(), torch.from_numpy(embeddings), strict=True))
-    if len(table) < len(genes):
-        repeated = len(genes) - len(table)
-        raise InputError(f"{path}: {count(repeated, 'repeated gene')} in `genes`; keep one each")
-    return table
-
-
-def _check_dtypes(path: Path, content: Mapping[str, torch.Tensor], notes: Notes) -> None:
+def _check_dtypes(path: Path, rows: Mapping[str, torch.Tensor], notes: Notes) -> None:
     """Say what is converted to float32 (width,); refuse what is no real number."""
     import torch
 
-    dtypes = {str(v.dtype).removeprefix("torch.") for v in content.values()}
-    if any(v.dtype.is_complex or v.dtype == torch.bool for v in content.values()):
+    dtypes = {str(v.dtype).removeprefix("torch.") for v in rows.values()}
+    if any(v.dtype.is_complex or v.dtype == torch.bool for v in rows.values()):
         raise InputError(f"{path}: {', '.join(sorted(dtypes))} values are no embeddings")
     if dtypes != {"float32"}:
         notes.line(f"{path}: {' and '.join(sorted(dtypes))} values are converted to float32")
-    rows = sum(v.dim() == 2 for v in content.values())
-    if rows:
-        notes.line(f"{path}: {count(rows, 'row')} of shape (1, width) flattened")
+    flat = sum(v.dim() == 2 for v in rows.values())
+    if flat:
+        notes.line(f"{path}: {count(flat, 'row')} of shape (1, width) flattened")
 
 
-def open_tables(options: SourceOptions, dry_run: bool, notes: Notes) -> list[Table]:
-    """The tables of --esm-embeddings, all of one width; Arc's if there is no source at all."""
+def open_tables(
+    options: SourceOptions, layer: int | None, dry_run: bool, notes: Notes
+) -> list[Table]:
+    """The tables of --esm-embeddings, all of one width; Arc's if there is no source at all.
+
+    `layer` is --layer: of folders that hold several.
+    """
     paths = options.esm_embeddings or ([] if options.fasta else [arc_table_path(dry_run)])
-    tables = [load_table(path, notes) for path in paths if path is not None]
+    asked = Asked(layer, options.table_key)
+    tables = [load_table(path, notes, asked) for path in paths if path is not None]
+    parts = {name for table in tables for name in table.part}
+    if layer is not None and not options.fasta and "layer" not in parts:
+        notes.warn(f"--layer {layer}: no table given holds layers")
+    if options.table_key is not None and "table_key" not in parts:
+        notes.warn(f"--table-key {options.table_key}: no table given holds more than one")
     for table in tables[1:]:
         if table.width != tables[0].width:
             raise InputError(

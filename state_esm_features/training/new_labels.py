@@ -19,7 +19,7 @@ from state_esm_features.embedding.features import resolve_labels
 from state_esm_features.embedding.labels import Labels
 from state_esm_features.embedding.report import summary
 from state_esm_features.embedding.vectors import Resolved, identical, note_identical
-from state_esm_features.files import run_lock, sha256_of, staged
+from state_esm_features.files import run_lock, staged
 from state_esm_features.option_groups import FeatureOptions, alias_pair
 from state_esm_features.training import undo
 from state_esm_features.training.trained_run import TrainedRun, aliases_of_user
@@ -55,7 +55,7 @@ def check_same_model(
         )
     of_run = [s for s in manifest["sources"] if s["kind"] == "table"]
     for table in resolved.tables:
-        sha256 = sha256_of(table.path)
+        sha256 = table.sha256
         if sha256 not in {t["sha256"] for t in of_run}:
             of = some(f"{t['path']}, sha256 {t['sha256'][:12]}..." for t in of_run) or "no table"
             raise InputError(
@@ -63,9 +63,22 @@ def check_same_model(
                 f"{run.named} were made of ({of}): vectors of another model would mean "
                 "nothing to it. Give that file with --esm-embeddings"
             )
+        parts = [part_of(t) for t in of_run if t["sha256"] == sha256]
+        if part_of(table.part) not in parts:
+            raise InputError(
+                f"{run.named} was trained on {some(parts)} of {table.path}, not on "
+                f"{part_of(table.part)}; leave --layer and --table-key out"
+            )
     if resolved.checkpoint is not None:
         recipe = choose_recipe(resolved.checkpoint, options.sequences)
         require_recipe_of(run, manifest, recipe, options.sequences.esm_model, notes)
+
+
+def part_of(record: Mapping[str, Any]) -> str:
+    """Which vectors of a table were read, as the manifest has it; nothing where it holds one."""
+    return ", ".join(
+        f"{k.split('_')[-1]} {record[k]}" for k in ("layer", "table_key") if k in record
+    )
 
 
 def require_recipe_of(

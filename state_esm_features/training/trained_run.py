@@ -165,7 +165,7 @@ def options_of_run(run: TrainedRun, given: Collection[str] = ()) -> dict[str, An
     """
     manifest = run.manifest()
     options = {name: value for name, value in manifest["policy"].items() if value is not None}
-    options |= files_of_tables(run, manifest) | options_of_sequences(run, manifest)
+    options |= options_of_tables(run, manifest) | options_of_sequences(run, manifest)
     options |= {"alias": aliases_of_user(manifest)}
     for names in manifest["symbols"]:
         if "path" in names:
@@ -181,19 +181,21 @@ def options_of_run(run: TrainedRun, given: Collection[str] = ()) -> dict[str, An
     return read_table({k: v for k, v in options.items() if v != []}, FEATURES)
 
 
-def files_of_tables(run: TrainedRun, manifest: Mapping[str, Any]) -> dict[str, list[str]]:
-    """The tables, each once: one may have been named at several places."""
+def options_of_tables(run: TrainedRun, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The tables, each once (one may have been named at several places), and what part of them."""
     places: dict[str, list[str]] = {}
+    parts: dict[str, Any] = {}
     for source in manifest["sources"]:
         if source["kind"] == "table":
             places.setdefault(source["sha256"], []).append(run.file(source["path"]))
+            parts |= {k: source[k] for k in ("layer", "table_key") if k in source}
     tables = []
     for sha256, paths in places.items():
         path = next((p for p in paths if Path(p).exists()), paths[0])
         if sha256 == ARC_SHA256 and not Path(path).exists():
             path = str(arc_table_path(dry_run=False, for_run=True))
         tables.append(path)
-    return {"esm_embeddings": tables}
+    return {"esm_embeddings": tables, **parts}
 
 
 def options_of_sequences(run: TrainedRun, manifest: Mapping[str, Any]) -> dict[str, Any]:

@@ -257,9 +257,9 @@ def test_no_pickled_code_is_executed(tmp_path: Path, where: str, zipped: bool) -
         open_checkpoint(str(path), path)
     assert not trap.exists()
     assert str(refused.value) == (
-        f"{path} was refused without running it: it is no file of torch.save, or it holds pickled "
-        "Python objects beside tensors, and loading those can execute code. Give an ESM2 "
-        "checkpoint as fair-esm publishes it"
+        f"{path} was refused without running it: it holds pickled Python objects beside tensors "
+        "(io.open), and loading those can execute code. Give an ESM2 checkpoint as fair-esm "
+        "publishes it"
     )
     torch.load(path, weights_only=False)
     assert trap.exists()  # the trap works

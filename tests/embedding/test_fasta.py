@@ -56,6 +56,8 @@ def sequences_of(proteins: Proteins) -> dict[str, list[str]]:
         ("TP53", ["TP53"]),
         ("HLA-A.1", ["HLA-A.1"]),
         ("ENSG00000115415.21", ["ENSG00000115415"]),
+        ("query_ENSG00000169047_canonical_ENST00000305123_Name_IRS1", ["ENSG00000169047"]),
+        ("ENSG00000115415_ENSG00000169047", ["ENSG00000115415_ENSG00000169047"]),
         ("sp|P42224|STAT1_HUMAN", []),
         ("NP_009330.1 signal transducer", []),
         ("", []),
