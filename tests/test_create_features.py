@@ -15,7 +15,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import anndata
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import (
@@ -112,6 +114,36 @@ def test_of_several_tables_the_first_that_has_a_gene_wins(tmp_path: Path, create
     assert read(tmp_path / "o.pt") == {"A": A, "B": B, "C": C, CONTROL: ZERO}
     found = manifest(tmp_path / "o.pt")["labels"]
     assert [found[gene]["source"] for gene in "ABC"] == [0, 1, 2]
+
+
+def test_one_of_several_vectors_of_a_table_is_chosen_by_option_and_named_in_the_manifest(
+    tmp_path: Path, create: Create
+) -> None:
+    genes = pd.DataFrame(index=["A", "B"])
+    x, esm = np.array([A, B], np.float32), np.array([C, A], np.float32)
+    anndata.AnnData(x, obs=genes, obsm={"esm": esm}).write_h5ad(tmp_path / "t.h5ad")
+    table = ("--all-genes", "--esm-embeddings", "t.h5ad", *OUT)
+    assert create(*table).err == (
+        "error: t.h5ad holds more than one thing that may be the vectors: X (2, 3), obsm/esm (2, "
+        "3). Choose one with --table-key, for instance --table-key X\n"
+    )
+    assert create(*table, "--table-key", "esm").err.splitlines()[-1] == (
+        "source    t.h5ad (2 genes x 3, key obsm/esm)"
+    )
+    assert read(tmp_path / "o.pt") == {"A": C, "B": A, CONTROL: ZERO}
+    [source] = manifest(tmp_path / "o.pt")["sources"]
+    assert (source["form"], source["table_key"]) == ("h5ad", "obsm/esm")
+
+
+def test_options_that_no_table_asks_for_are_said(tmp_path: Path, create: Create) -> None:
+    write_table(tmp_path / "one.pt", A=A)
+    words = ("--all-genes", "--esm-embeddings", "one.pt", *OUT, "--quiet")
+    assert create(*words, "--layer", 3, "--table-key", "X") == Result(
+        0,
+        "o.pt\n",
+        "warning: --layer 3: no table given holds layers\n"
+        "warning: --table-key X: no table given holds more than one\n",
+    )
 
 
 # --- combinations -------------------------------------------------------------------------------

@@ -89,7 +89,7 @@ def test_every_page_is_linked_from_the_readme() -> None:
 @pytest.mark.parametrize("name", PAGES)
 def test_every_option_that_is_named_exists(name: str) -> None:
     known = {o for m in SCRIPTS.values() for o in options(m.build_parser())}
-    others = {"--model-dir", "--checkpoint"}  # of state tx infer and predict
+    others = {"--model-dir", "--checkpoint", "--include"}  # of state tx infer, predict; extract.py
     others |= {"--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--time", "--signal"}
     others |= {"--requeue", "--open-mode", "--kill-on-bad-exit"}  # of SLURM
     assert set(re.findall(r"(?<![-\w])--[a-z][a-z-]+", PAGES[name])) - known - others == set()

@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import esm
+import numpy as np
 import pytest
 import torch
 from conftest import PATIENCE, ROOT, Result, run_script, suspend, until
 from fasta_records import ENSEMBL, LETTERS
 from random_esm2 import write_checkpoint
+from table_writers import of_extract
 
 import create_esm_pert_features as script
 from state_esm_features.embedding import downloads
@@ -318,6 +320,22 @@ def test_the_table_comes_first(tmp_path: Path, create: Create, model: Any) -> No
     labels = manifest(tmp_path)["labels"]
     assert (labels["A"]["source"], labels["B"]["source"]) == (0, 1)
     assert [s["kind"] for s in manifest(tmp_path)["sources"]] == ["table", "esm2"]
+
+
+def test_a_table_of_another_layer_than_the_model_computes_is_refused(
+    tmp_path: Path, create: Create, model: Any
+) -> None:
+    of_extract(tmp_path / "folder", {"A": np.ones(16, np.float32)}, layer=1)
+    (tmp_path / "genes.txt").write_text("A\nB\n")
+    arguments = ("--gene-list", "genes.txt", "--esm-embeddings", "folder", *ALL[1:], *OUT)
+    assert create(*arguments, "--no-cache", "--quiet") == Result(
+        1,
+        "",
+        "error: folder holds layer 1 of its model, and m.pt would compute layer 2; choose one for "
+        "both with --layer, or leave the table out\n",
+    )
+    assert create(*arguments, "--no-cache", "--quiet", "--layer", 1).code == 0
+    assert features(tmp_path)["A"].tolist() == [1.0] * 16
 
 
 @pytest.mark.parametrize(

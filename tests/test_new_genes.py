@@ -27,7 +27,10 @@ from test_train_run import FAST, FILES, TINY, make_screen, run_json
 
 import create_esm_pert_features as script
 import train_with_esm_features
+from state_esm_features.console import Notes
 from state_esm_features.embedding.features_file import read_manifest
+from state_esm_features.embedding.table_content import Asked
+from state_esm_features.embedding.tables import load_table
 from state_esm_features.files import run_lock, sha256_of
 from state_esm_features.training import undo
 
@@ -896,6 +899,42 @@ def test_another_table_or_width_is_refused(add: Any, run: Path, tmp_path: Path) 
         "that its features were made with",
     )
     assert snapshot(run) == before
+
+
+def test_a_folder_is_asked_for_again_by_its_contents_and_its_layer(
+    add: Any, run: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "extracted"
+    path.mkdir()
+    for gene, vector in table().items():
+        means = {6: vector + 1, 33: vector}
+        torch.save({"label": gene, "mean_representations": means}, path / f"{gene}.pt")
+    source = load_table(path, Notes()).record()
+    assert source["layer"] == 33
+    manifest_path = run / "pert_features.pt.json"
+    manifest = json.loads(manifest_path.read_text()) | {"sources": [source]}
+    manifest_path.write_text(json.dumps(manifest))
+    before = snapshot(run)
+    refused(
+        add("--adata", "wanted.h5ad", "--layer", 6),
+        f"{run} was trained on layer 33 of {path}, not on layer 6; leave --layer and --table-key "
+        "out",
+    )
+    changed = shutil.copytree(path, tmp_path / "changed")
+    torch.save(table()[NEW], tmp_path / "changed" / f"{NEW}.pt")
+    torch.save({"label": NEW, "mean_representations": {33: table()[NEW]}}, changed / "new.pt")
+    (changed / f"{NEW}.pt").unlink()
+    hashes = [load_table(p, Notes(), Asked(33)).sha256[:12] for p in (changed, path)]
+    refused(
+        add("--adata", "wanted.h5ad", "--esm-embeddings", changed),
+        f"{changed} (sha256 {hashes[0]}...) is not what the features of {run} were made of "
+        f"({path}, sha256 {hashes[1]}...): vectors of another model would mean nothing to it. Give "
+        "that file with --esm-embeddings",
+    )
+    assert snapshot(run) == before
+    assert add("--adata", "wanted.h5ad").code == 0
+    assert torch.equal(load(run / "pert_onehot_map.pt")[NEW], table()[NEW])
+    assert json.loads(manifest_path.read_text())["sources"] == [source]
 
 
 @pytest.mark.parametrize(

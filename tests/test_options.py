@@ -78,6 +78,7 @@ def test_the_firmest_saying_holds(layers: list[Mapping[str, Any]], holds: dict[s
         ({"alias": {"A": "B"}}, {"alias": (("A", "B"),)}),
         ({"alias": ["A=B", "C=D"]}, {"alias": (("A", "B"), ("C", "D"))}),
         ({"layer": 5, "no-cache": True}, {"layer": 5, "no_cache": True}),
+        ({"table-key": "obsm/esm"}, {"table_key": "obsm/esm"}),
         ({"pert-col": "gene", "control-pert": "NT"}, {"pert_col": "gene", "control_pert": "NT"}),
     ],
 )
@@ -176,6 +177,10 @@ def test_only_options_that_are_not_at_their_default_are_recorded() -> None:
         ({"long": "truncate"}, "--long needs --fasta FILE"),
         ({"long": "truncate", "fasta": [Path("p")]}, None),
         ({"no_cache": False}, None),
+        ({"layer": 3}, "--layer needs --fasta FILE"),
+        ({"layer": 3, "esm_embeddings": [Path("folder")]}, None),
+        ({"table_key": "X"}, "--table-key needs --esm-embeddings PATH"),
+        ({"table_key": "X", "esm_embeddings": [Path("t")]}, None),
     ],
 )
 def test_combinations_that_mean_nothing_are_named(given: dict[str, Any], wrong: str | None) -> None:

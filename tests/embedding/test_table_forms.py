@@ -82,10 +82,10 @@ def test_every_form_gives_the_vectors_by_gene(form: str) -> None:
     assert said == (lists if form in ("csv of lists", "pickle of lists") else [])
 
 
-NAMES = st.text("ABCXYZ019-.", min_size=1, max_size=8).filter(lambda x: x.strip("-.0123456789"))
+NAMES = st.from_regex(r"[A-Z][A-Z0-9.-]{0,6}", fullmatch=True)
 
 
-@hypothesis.settings(max_examples=8)
+@hypothesis.settings(max_examples=6)
 @hypothesis.given(st.data())
 def test_one_table_in_every_form_gives_the_same_features_byte_for_byte(data: st.DataObject) -> None:
     names = data.draw(st.lists(NAMES, min_size=1, max_size=4, unique_by=str.casefold))
@@ -292,8 +292,8 @@ def test_a_parquet_has_its_genes_in_the_index_or_in_a_column() -> None:
         ("x,y\n0.5,1\n0.25,2\n", "t has no column of genes: 'x' holds numbers"),
         (
             "gene,x,y\nA,1,2\nB,3\n",
-            "t cannot be read as text in columns: damaged or cut short (CSV parse error: Expected 3 "
-            "columns, got 2: B,3)",
+            "t cannot be read as text in columns: damaged or cut short (CSV parse error: Expected "
+            "3 columns, got 2: B,3)",
         ),
         ("gene,x\nA,1\nA,2\n", "t: 1 gene more than once (A); keep one vector of each"),
         (
@@ -405,6 +405,16 @@ def test_arrays_of_objects_in_an_npz_are_saved_again_by_the_lines_in_the_message
     assert values(load("t_plain.npz")[0]) == {"A": [1.0] * 3, "B": [1.0] * 3}
 
 
+def one_array() -> None:
+    np.save("t.npy", A)
+    Path("t.npy").rename("t")
+
+
+def twice_in_npz() -> None:
+    np.savez("t.npz", names=["A", "A"], embeddings=np.ones((2, 3)))
+    Path("t.npz").rename("t")
+
+
 UNKNOWN = (
     "t is no table of vectors that is known here. Forms: a {gene: vector} dict of torch.save, "
     "pickle or safetensors; .npz; .csv, .tsv or .parquet with a column of genes; .h5 with one "
@@ -423,7 +433,7 @@ UNKNOWN = (
         (lambda: Path("t").mkdir(), UNKNOWN),
         (lambda: Path("t").write_bytes(b""), "t is empty"),
         (
-            lambda: np.save(Path("t").open("wb"), A),
+            one_array,
             "t is one array without the names of its genes. Give the folder that holds "
             "embeddings.npy and its list of keys, or save both with np.savez(FILE, genes=..., "
             "embeddings=...)",
@@ -458,7 +468,7 @@ UNKNOWN = (
             "t: vectors of different widths: 3 ('A'), 2 ('B'); one table, one width",
         ),
         (
-            lambda: np.savez(Path("t").open("wb"), names=["A", "A"], embeddings=np.ones((2, 3))),
+            twice_in_npz,
             "t: 1 gene more than once (A); keep one vector of each",
         ),
     ],
