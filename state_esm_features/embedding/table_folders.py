@@ -37,25 +37,41 @@ EXTRACT_AGAIN = "Run extract.py with --include mean"
 def extract_folder(folder: Path, asked: Asked) -> Content | None:
     """The folder of fair-esm's extract.py: a file a protein, its vectors by layer."""
     files = files_of(folder, ".pt")
-    if not files or not is_extracted(torch_file(files[0])):
+    first = torch_file(files[0]) if files else {}
+    if not is_extracted(first):
         return None
-    labels, by_layer = [], []
+    layers = sorted(layers_of(files[0], first))
+    layer = layers[-1] if asked.layer is None else asked.layer
+    labels, vectors = [], []
     for path in files:
         content = torch_file(path)
         if not is_extracted(content):
             raise InputError(f"{path} is not of fair-esm's extract.py, as {files[0].name} is")
-        means = content.get("mean_representations") or {
-            layer: rows.float().mean(0)
-            for layer, rows in content.get("representations", {}).items()
-        }
-        if not means:
-            raise InputError(f"{path} holds no vector but that of the first token. {EXTRACT_AGAIN}")
+        here = layers_of(path, content)
+        if asked.layer is None and sorted(here) != layers:
+            raise InputError(
+                f"{folder}: layers differ: {files[0].name} has {some(layers)}, {path.name} has "
+                f"{some(sorted(here))}; choose one that all have with --layer N"
+            )
+        if layer not in here:
+            raise InputError(f"{path} has no layer {layer}, but {some(sorted(here))}: see --layer")
         labels.append(str(content.get("label") or path.stem))
-        by_layer.append(means)
-    layer = chosen_layer(files, by_layer, asked.layer)
-    said = others_in(folder, files)
-    vectors, part = [means[layer] for means in by_layer], {"layer": layer}
+        mean = bool(content.get("mean_representations"))
+        with readable(path, "a file of extract.py"):
+            vectors.append(here[layer] if mean else here[layer].float().mean(0))
+    said, part = others_in(folder, files), {"layer": layer}
     return Content("fair-esm extract.py", labels, vectors, tuple(files), part, said, headers=True)
+
+
+def layers_of(path: Path, content: Mapping[str, Any]) -> Mapping[int, Any]:
+    """{layer: vector of the protein, or of its residues where no mean is there}."""
+    layers = content.get("mean_representations") or content.get("representations")
+    if not isinstance(layers, dict) or not layers:
+        raise InputError(
+            f"{path} holds no vector but that of the first token. Run extract.py with --include "
+            "mean"
+        )
+    return layers
 
 
 def torch_file(path: Path) -> Any:
@@ -68,24 +84,6 @@ def is_extracted(content: Any) -> bool:
     """Whether this is what extract.py writes of a protein."""
     kinds = {"mean_representations", "representations", "bos_representations"}
     return isinstance(content, dict) and bool(kinds & {*content})
-
-
-def chosen_layer(
-    files: Sequence[Path], by_layer: Sequence[Mapping[int, Any]], asked: int | None
-) -> int:
-    """The layer that --layer names, else the last, if all files have the same ones."""
-    first = sorted(by_layer[0])
-    for path, layers in zip(files, by_layer, strict=True):
-        if asked is None and sorted(layers) != first:
-            raise InputError(
-                f"{files[0].parent}: layers differ: {files[0].name} has {some(first)}, {path.name} "
-                f"has {some(sorted(layers))}; choose one that all have with --layer N"
-            )
-        if asked is not None and asked not in layers:
-            raise InputError(
-                f"{path} has no layer {asked}, but {some(sorted(layers))}: see --layer"
-            )
-    return first[-1] if asked is None else asked
 
 
 def matrix_folder(folder: Path, asked: Asked) -> Content | None:
