@@ -31,9 +31,6 @@ def others_in(folder: Path, files: Sequence[Path]) -> tuple[str, ...]:
     return (f"{count(len(rest), 'other file')} left out ({some(names)})",) if rest else ()
 
 
-EXTRACT_AGAIN = "Run extract.py with --include mean"
-
-
 def extract_folder(folder: Path, asked: Asked) -> Content | None:
     """The folder of fair-esm's extract.py: a file a protein, its vectors by layer."""
     files = files_of(folder, ".pt")

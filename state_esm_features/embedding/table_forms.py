@@ -315,12 +315,11 @@ def delimited(path: Path, asked: Asked) -> Content | None:
     import pyarrow as pa
     from pyarrow import csv as arrow
 
-    cells, below = (
-        next(csv.reader([text], delimiter=delimiter), [])
-        for text in (line, second.decode("utf-8", "replace"))
-    )
+    with readable(path, "text in columns"):
+        cells = next(csv.reader([line], delimiter=delimiter))
     header = has_header(cells)
-    if header and len(below) == len(cells) + 1:  # as R writes it: no name above the names of rows
+    more = second.count(delimiter.encode()) == len(cells) and b'"[' not in second
+    if header and more:  # as R writes it: no name above the names of rows
         cells = ["", *cells]
     key = key_column(path, cells) if header else 0
     places = [str(i) for i in range(len(cells))]
@@ -357,10 +356,13 @@ def read_form(path: Path, asked: Asked) -> Content:
     """The content of a table, by the first reader whose form it is."""
     if path.is_file() and not path.stat().st_size:
         raise InputError(f"{path} is empty")
-    for reader in OF_FOLDERS if path.is_dir() else OF_FILES:
-        content = reader(path, asked)
-        if content is not None:
-            return content
+    try:
+        for reader in OF_FOLDERS if path.is_dir() else OF_FILES:
+            content = reader(path, asked)
+            if content is not None:
+                return content
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
     raise InputError(
         f"{path} is no table of vectors that is known here. Forms: a {{gene: vector}} dict of "
         "torch.save, pickle or safetensors; .npz; .csv, .tsv or .parquet with a column of genes; "
