@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from state_esm_features.option_values import alias_pair, label_regex, positive, run_name, workers
 from state_esm_features.options import add_options, make, names_of, option, switch
 
 DEFAULT_CONTROL = "non-targeting"
@@ -63,49 +64,6 @@ CONSECUTIVE = "data.kwargs.use_consecutive_loading"
 """Settings of State that need more than the value of an option."""
 
 
-def label_regex(text: str) -> re.Pattern[str]:
-    """A pattern with the group `gene`."""
-    try:
-        pattern = re.compile(text)
-    except re.error as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from error
-    if "gene" not in pattern.groupindex:
-        raise argparse.ArgumentTypeError(f"{text!r} has no group (?P<gene>...)")
-    return pattern
-
-
-def alias_pair(text: str) -> tuple[str, str]:
-    """OLD=NEW -> (OLD, NEW)."""
-    old, equals, new = text.partition("=")
-    if not (old and equals and new):
-        raise argparse.ArgumentTypeError(f"expected OLD=NEW, got {text!r}")
-    return old, new
-
-
-def run_name(text: str) -> str:
-    """One folder name."""
-    if text in ("", ".", "..") or "/" in text:
-        raise argparse.ArgumentTypeError(f"{text!r} is not the name of a folder; see --output-dir")
-    return text
-
-
-def positive(text: str) -> int:
-    """A whole number above zero."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return number
-
-
-def workers(text: str) -> int | str:
-    """'auto' or a whole number, 0 included."""
-    if text == "auto":
-        return text
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected auto or a number, got {text!r}")
-    return int(text)
-
-
 FILE: dict[str, Any] = {"type": Path, "metavar": "FILE"}
 FOLDER: dict[str, Any] = {"type": Path, "metavar": "DIR"}
 FILES: dict[str, Any] = {**FILE, "default": (), "action": "append"}
@@ -143,9 +101,8 @@ class SourceOptions:
     """Where vectors come from."""
 
     esm_embeddings: tuple[Path, ...] = option(
-        "table of vectors, a file or a folder in any form that docs/tables.md names; repeatable, the "
-        "first that has a gene wins (default without --fasta: Arc's, downloaded once, "
-        f"{ARC_BYTES / 1e6:.0f} MB)",
+        "table of vectors, forms: docs/tables.md; repeatable, the first that has a gene wins "
+        f"(default without --fasta: Arc's, downloaded once, {ARC_BYTES / 1e6:.0f} MB)",
         **{**FILES, "metavar": "PATH"},
     )
     table_key: str | None = option(
