@@ -106,7 +106,7 @@ class Table:
         import torch
 
         total, genes = torch.zeros(self.width, dtype=torch.float64), 0
-        for gene in self.vectors:
+        for gene in self.symbols:
             vector = self[gene]
             if 0 < vector.norm() < torch.inf:
                 total += vector
