@@ -594,6 +594,23 @@ def test_zero_vectors_that_were_chosen_are_a_warning(
     )
 
 
+def test_another_guide_of_a_gene_that_trains_is_not_unseen(accepted: Accepted, ready: Path) -> None:
+    held = "".join(f'[fewshot."sim.{x}"]\nval = ["SIM003"]\n' for x in ("simA", "simB"))
+    toml(ready, TRAIN + held)
+    features = stored(ready)
+    features["SIM003"] = features["SIM007"].clone()
+    torch.save(features, ready / "guides.pt")
+    done = accepted(
+        "guides.pt has no manifest of create_esm_pert_features.py: nothing tells where its vectors "
+        "come from",
+        "1 label held out has the vector of one that trains (SIM003 = SIM007): not unseen. Of "
+        "guides of one gene, hold all out",
+        features="guides.pt",
+    )
+    [row] = [line.split() for line in done.err.splitlines() if line.startswith("val ")]
+    assert row == ["val", "24", "1", "1", "(24", "cells)", "0", "(0", "cells)"]
+
+
 class Planted:
     """Creates a file when it is unpickled."""
 

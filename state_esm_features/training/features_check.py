@@ -12,6 +12,7 @@ from typing import Any
 from state_esm_features.console import Findings, InputError, count, have, some
 from state_esm_features.embedding.features_file import trained_sha256
 from state_esm_features.embedding.missing import say_left_out
+from state_esm_features.embedding.vectors import Vectors, identical
 from state_esm_features.files import existing_file, read_torch, sha256_of
 from state_esm_features.option_groups import DEFAULT_CONTROL
 from state_esm_features.training.data import Data
@@ -20,8 +21,9 @@ from state_esm_features.training.data import Data
 def check_features(
     path: Path, manifest: Mapping[str, Any] | None, data: Data | None, found: Findings
 ) -> dict[str, Any]:
-    """Hold the features file against the data; returns {sha256, width, labels, ablation}.
+    """Hold the features file against the data; returns what is known of it.
 
+    {sha256, width, labels, ablation, known_as}, the last as `same_vector_in_training` has it.
     cell-load takes the width from the first vector, gives a label without a vector zeros, the
     vector of the control, and says so at INFO level only.
 
@@ -30,8 +32,6 @@ def check_features(
     manifest
         What `read_manifest` gives for the file, which holds its hash.
     """
-    import torch
-
     features, about = read_features(path), manifest or {}
     control = data.columns.control if data else about.get("control", DEFAULT_CONTROL)
     if manifest is None:
@@ -43,28 +43,56 @@ def check_features(
         _check_manifest(path, len(features), manifest, control, found)
     if control not in features:
         found.warnings.append(f"{path} has no control {control!r}: cell-load gives it zeros")
-    widths = sorted({tuple(v.shape) for v in features.values()})
-    if len(widths) > 1 or len(widths[0]) != 1:
+    width = _check_values(path, features, found)
+    controls = {control, about.get("control")}  # another control is a problem already
+    zeros = [k for k, v in features.items() if k not in controls and not v.any()]
+    if zeros:
+        _note_zeros(path, zeros, about, found)
+    known_as = {}
+    if data:
+        _check_labels(path, features, data, found)
+        known_as = same_vector_in_training(features, data.splits)
+        _note_known(known_as, found)
+    return {
+        "sha256": trained_sha256(manifest) if manifest else sha256_of(path),
+        "width": width,
+        "labels": len(features),
+        "ablation": about.get("ablation"),
+        "known_as": known_as,
+    }
+
+
+def same_vector_in_training(
+    features: Vectors, splits: Mapping[str, Mapping[str, int]]
+) -> dict[str, str]:
+    """{label of val or test that no training cell has: one of training with the same vector}.
+
+    To State they are one perturbation: two guides of a gene, or a symbol and its older one.
+    """
+    train, held = splits["train"], {**splits["val"], **splits["test"]}
+    known: dict[str, str] = {}
+    for group in identical(features):
+        trained = next((label for label in group if label in train), None)
+        if trained:
+            known |= {x: trained for x in group if x in held and x not in train}
+    return known
+
+
+def _check_values(path: Path, features: Vectors, found: Findings) -> int:
+    """One width and numbers only are wanted; returns the width that cell-load takes."""
+    import torch
+
+    shapes = sorted({tuple(v.shape) for v in features.values()})
+    if len(shapes) > 1 or len(shapes[0]) != 1:
         found.problems.append(
-            f"{path}: expected vectors of one width, found shapes {some(map(str, widths))}"
+            f"{path}: expected vectors of one width, found shapes {some(map(str, shapes))}"
         )
     infinite = [k for k, v in features.items() if not torch.isfinite(v).all()]
     if infinite:
         found.problems.append(
             f"{path}: NaN or infinite values in {count(len(infinite), 'vector')} ({some(infinite)})"
         )
-    controls = {control, about.get("control")}  # another control is a problem already
-    zeros = [k for k, v in features.items() if k not in controls and not v.any()]
-    if zeros:
-        _note_zeros(path, zeros, about, found)
-    if data:
-        _check_labels(path, features, data, found)
-    return {
-        "sha256": trained_sha256(manifest) if manifest else sha256_of(path),
-        "width": next(iter(features.values())).shape[-1] if widths[0] else 0,
-        "labels": len(features),
-        "ablation": about.get("ablation"),
-    }
+    return next(iter(features.values())).shape[-1] if shapes[0] else 0
 
 
 def _check_manifest(
@@ -80,6 +108,15 @@ def _check_manifest(
         found.warnings.append(
             f"{path}: {len(filled):,} of {count(labels, 'label')} filled in with the mean "
             f"vector, as --missing mean chose ({some(filled)})"
+        )
+
+
+def _note_known(known_as: Mapping[str, str], found: Findings) -> None:
+    if known_as:
+        n, pairs = len(known_as), [f"{held} = {trained}" for held, trained in known_as.items()]
+        found.warnings.append(
+            f"{count(n, 'label')} held out {have(n)} the vector of one that trains "
+            f"({some(pairs, 3)}): not unseen. Of guides of one gene, hold all out"
         )
 
 

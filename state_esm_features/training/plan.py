@@ -343,7 +343,7 @@ def describe(plan: Plan) -> str:
         ("model", f"{model}, {steps}"),
         ("data", f"{count(len(files), 'file')}, {genes:,} genes, {cells:,} cells"),
         ("columns", f"{columns}, control {c.control}"),
-        *split_table(plan.data.splits),
+        *split_table(plan.data.splits, features.get("known_as", ())),
         ("features", f"{plan.features} ({size})"),
         ("workers", plan.stock["data"]["kwargs"]["num_workers"]),
     ]

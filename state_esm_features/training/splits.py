@@ -173,17 +173,21 @@ def _no_validation_message(data: Data) -> str:
     )
 
 
-def split_table(splits: Mapping[str, Mapping[str, int]]) -> list[tuple[str, str]]:
+def split_table(
+    splits: Mapping[str, Mapping[str, int]], known_as: Collection[str] = ()
+) -> list[tuple[str, str]]:
     """Per split: perturbed cells, perturbations, and which of these training sees, or never does.
 
-    A perturbation of val or test is seen if it is trained anywhere, in another cell type say.
+    A perturbation of val or test is seen if it is trained anywhere, in another cell type say, or
+    if it is `known_as` another one that is.
     """
     row = "{:>9}  {:>13}  {:>25}  {:>25}".format
+    trained = {*splits["train"], *known_as}
     rows = [("split", row("cells", "perturbations", "seen in training", "never in training"))]
     for split, labels in splits.items():
         counts = [f"{sum(labels.values()):,}", f"{len(labels):,}"]
         for seen in (True, False):
-            group = [n for label, n in labels.items() if (label in splits["train"]) == seen]
+            group = [n for label, n in labels.items() if (label in trained) == seen]
             text = f"{len(group):,} ({count(sum(group), 'cell')})" if labels else "0"
             counts.append("" if split == "train" else text)
         rows.append((split, row(*counts).rstrip()))
