@@ -177,11 +177,11 @@ SAID = (
     r"features  features.pt \(\d+ x 8\)",
     r"workers   \d",
     r"warning: \[fewshot\] holds SIM003.*",
-    r"stock     state tx train .*",
     r"training; what State and its libraries say goes to \S+train.log",
     r"step 1 of 2, loss \S+, \d+% waiting for data, \S+ steps/s",
     r"step 2 of 2, loss \S+, (validation \S+, )?\d+% waiting for data, \S+ steps/s, 00:00 left",
     r"finished  .*",
+    r"check     create-esm-pert-features --into-run .*",
     r"predict   state tx infer .*",
 )
 """Every line of a training's stderr."""
