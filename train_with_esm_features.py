@@ -208,6 +208,8 @@ def train_in(plan: Plan, how: str, notes: console.Notes) -> dict[str, Any]:
     except BaseException as error:
         stopped = isinstance(error, (console.Stopped, KeyboardInterrupt))
         record["status"] = "stopped" if stopped else "failed"
+        if stopped and progress.step == progress.first:
+            notes.line(f"nothing to save yet: --resume goes on at step {progress.first:,}")
         # of a full disk: the first error is the one to see
         with contextlib.suppress(console.InputError):
             if plan.earlier and how == "resume" and not progress.started:

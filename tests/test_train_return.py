@@ -342,6 +342,7 @@ def test_signal_before_the_first_step_ends_at_once_and_the_run_can_be_resumed(
         code, who = SAID[name]
         assert (run.wait(), run.lines[-1]) == (code, f"stopped by {who}"), run.err
         assert "saved step" not in run.err
+        assert run.lines[-2] == "nothing to save yet: --resume goes on at step 0"
         assert (run_json(run_dir)["status"], run_json(run_dir)["steps"]) == ("stopped", 0)
         assert not list(run_dir.glob("checkpoints/*"))
     run = begin(*flags)
