@@ -115,7 +115,7 @@ def test_dry_run_names_the_labels_that_stock_would_predict_as_control(
         1,
         "",
         f"error: 1 of 2 labels not known to {run} ({NEW}): state tx infer would predict them as "
-        "control. This command without --dry-run adds those that its sources have\n",
+        "control. This command without --dry-run adds them, if its sources have all\n",
     )
     assert snapshot(tmp_path) == before
 
@@ -237,7 +237,7 @@ def test_template_is_read_however_its_labels_and_names_are_stored(
         nullable(wanted, index)
     assert add("--adata", wanted, "--dry-run").err == (
         f"error: 1 of 2 labels not known to {run} ({NEW}): state tx infer would predict them as "
-        "control. This command without --dry-run adds those that its sources have\n"
+        "control. This command without --dry-run adds them, if its sources have all\n"
     )
     done = add("--adata", wanted)
     assert (done.code, "warning" in done.err) == (0, False)
@@ -264,8 +264,8 @@ def test_dry_run_says_what_a_label_named_like_a_control_needs(
     refused(
         add("--gene-list", tmp_path / "genes.txt", "--dry-run"),
         f"1 of 2 labels not known to {run} (Ctrl): state tx infer would predict them as control. "
-        "This command without --dry-run adds those that its sources have (if Ctrl is the control, "
-        "label its cells non-targeting instead)",
+        "This command without --dry-run adds them, if its sources have all (if Ctrl is the "
+        "control, label its cells non-targeting instead)",
     )
     done = add("--gene-list", tmp_path / "genes.txt")
     assert done.err.endswith(
@@ -292,7 +292,7 @@ def test_a_category_of_no_cell_that_stock_filled_with_zeros_is_unknown_and_can_b
     refused(
         add("--adata", "wanted.h5ad", "--dry-run", into=into),
         f"1 of 2 labels not known to {into} ({NEW}): state tx infer would predict them as "
-        "control. This command without --dry-run adds those that its sources have",
+        "control. This command without --dry-run adds them, if its sources have all",
     )
     unused = ("--adata", tmp_path / "sim.h5ad", "--dry-run")
     assert add(*unused, into=into).code == 0  # no cell would be predicted

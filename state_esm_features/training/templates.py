@@ -170,7 +170,7 @@ def check_template(
     if unknown:
         try:
             run.manifest()
-            remedy = "This command without --dry-run adds those that its sources have"
+            remedy = "This command without --dry-run adds them, if its sources have all"
             named = [x for x in unknown if CONTROL_GUIDES.fullmatch(letters(x))]
             if named:
                 remedy += f" (if {named[0]} is the control, label its cells {run.control} instead)"

@@ -258,8 +258,8 @@ def test_no_pickled_code_is_executed(tmp_path: Path, where: str, zipped: bool) -
     assert not trap.exists()
     assert str(refused.value) == (
         f"{path} was refused without running it: it holds pickled Python objects beside tensors "
-        "(io.open), and loading those can execute code. Give an ESM2 checkpoint as fair-esm "
-        "publishes it"
+        f"({open.__module__}.open), and loading those can execute code. Give an ESM2 checkpoint as "
+        "fair-esm publishes it"
     )
     torch.load(path, weights_only=False)
     assert trap.exists()  # the trap works
