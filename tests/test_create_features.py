@@ -497,7 +497,7 @@ def test_same_inputs_give_the_same_bytes_whatever_the_name_or_hash_seed(project:
         '[fewshot."sim.simA"]\nval = ["TYPO1", "TYPO2", "SIM003"]\n'
     )
     runs = []
-    for name, hash_seed in (("a.pt", "0"), ("elsewhere/long_name.pt", "1"), ("c.bin", "2")):
+    for name, hash_seed in (("a.pt", "0"), ("elsewhere/long_name.bin", "1")):
         done = run_process(
             *("create_esm_pert_features", "--from-toml", "two.toml", *IN_TABLE, "--output", name),
             *("--alias", "NOT1=A", "--alias", "NOT2=B", "--alias", "NOT3=B", "--missing", "mean"),
@@ -510,7 +510,7 @@ def test_same_inputs_give_the_same_bytes_whatever_the_name_or_hash_seed(project:
         written.pop("command")
         text = (project / f"{name}.json").read_text()
         runs.append((done.err, (project / name).read_bytes(), written, list(json.loads(text))))
-    assert runs[0] == runs[1] == runs[2]
+    assert runs[0] == runs[1]
 
 
 def test_the_same_command_gives_the_same_manifest_later(project: Path, create: Create) -> None:

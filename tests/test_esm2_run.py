@@ -426,7 +426,9 @@ PLAIN_CPU = {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"}
 """Makes torch take an x86 CPU for one without AVX."""
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "precision", ["float32", "bfloat16", pytest.param("float16", marks=pytest.mark.slow)]
+)
 @pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64"), reason="other CPUs have other instructions"
 )
