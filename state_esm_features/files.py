@@ -221,6 +221,20 @@ def data_file_origin(path: Path) -> dict[str, Any]:
     return {"path": str(path), "kind": "adata", "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
 
 
+def cannot_read(path: Path, form: str, cause: Exception, longest: int | None = None) -> InputError:
+    """The error of a file that is damaged, or too large for the memory there is.
+
+    `longest` is how many signs of what a library says of it are shown.
+    """
+    if out_of_memory(cause):
+        return InputError(
+            f"out of memory: {path} has {path.stat().st_size:,} bytes; free memory, or use a "
+            "machine with more"
+        )
+    said = first_line(cause)[:longest]
+    return InputError(f"{path} cannot be read as {form}: damaged or cut short ({said})")
+
+
 def read_torch(
     path: Path,
     advice: str = "Save it again as a plain {symbol: torch.Tensor} dict",
@@ -259,15 +273,7 @@ def read_torch(
             f"{advice}"
         ) from error
     except Exception as error:  # damaged bytes raise all kinds
-        if out_of_memory(error):
-            raise InputError(
-                f"out of memory: {path} has {path.stat().st_size:,} bytes; free memory, or use a "
-                "machine with more"
-            ) from error
-        raise InputError(
-            f"{path} cannot be read as a file of torch.save: damaged or cut short "
-            f"({first_line(error)})"
-        ) from error
+        raise cannot_read(path, "a file of torch.save", error) from error
 
 
 def place_to_keep(path: Path) -> Path:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from state_esm_features.option_values import alias_pair, label_regex, positive, run_name, workers
-from state_esm_features.options import add_options, make, names_of, option, switch
+from state_esm_features.options import add_options, fields_of, make, names_of, option, switch
 
 DEFAULT_CONTROL = "non-targeting"
 """Label of control cells in the Virtual Cell Challenge and in cell-load."""
@@ -372,7 +372,7 @@ class FeatureOptions:
 
 
 FEATURE_GROUPS: dict[str, Any] = {f.name: type(f.default) for f in fields(FeatureOptions)}
-FEATURES = {f.name: f for group in FEATURE_GROUPS.values() for f in fields(group)}
+FEATURES = fields_of(FEATURE_GROUPS.values())
 """{name: field} of the options of FEATURE_GROUPS."""
 
 SECTION = "features"

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from state_esm_features.console import InputError, first_line, out_of_memory
+from state_esm_features.console import InputError
+from state_esm_features.files import cannot_read
 
 if TYPE_CHECKING:
     import numpy as np
@@ -64,14 +65,7 @@ def readable(path: Path, form: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        if out_of_memory(error):
-            raise InputError(
-                f"out of memory: {path} has {path.stat().st_size:,} bytes; free memory, or use a "
-                "machine with more"
-            ) from error
-        raise InputError(
-            f"{path} cannot be read as {form}: damaged or cut short ({first_line(error)[:200]})"
-        ) from error
+        raise cannot_read(path, form, error, 200) from error
 
 
 def matrix_rows(path: Path, names: np.ndarray, named: str, matrix: np.ndarray, of: str) -> Any:

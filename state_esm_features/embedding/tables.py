@@ -88,8 +88,8 @@ class Table:
 
     def __str__(self) -> str:
         genes = len(self.vectors) - len(self.second_names)
-        part = "".join(f", {what.split('_')[-1]} {value}" for what, value in self.part.items())
-        return f"{self.path} ({count(genes, 'gene')} x {self.width:,}{part})"
+        size = f"{count(genes, 'gene')} x {self.width:,}"
+        return f"{self.path} ({', '.join(filter(None, [size, part_of(self.part)]))})"
 
     def __getitem__(self, gene: str) -> torch.Tensor:
         """Vector of a gene as float32 (width,), a copy that owns its memory."""
@@ -112,6 +112,12 @@ class Table:
                 total += vector
                 genes += 1
         return (total / max(genes, 1)).float()
+
+
+def part_of(record: Mapping[str, Any]) -> str:
+    """Which vectors of a table were read, as the manifest has it; nothing where it holds one."""
+    parts = (name for name in ("layer", "table_key") if name in record)
+    return ", ".join(f"{name.removeprefix('table_')} {record[name]}" for name in parts)
 
 
 def load_table(path: Path, notes: Notes, asked: Asked | None = None) -> Table:

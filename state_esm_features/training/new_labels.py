@@ -18,6 +18,7 @@ from state_esm_features.embedding.fasta import Recipe
 from state_esm_features.embedding.features import resolve_labels
 from state_esm_features.embedding.labels import Labels
 from state_esm_features.embedding.report import summary
+from state_esm_features.embedding.tables import part_of
 from state_esm_features.embedding.vectors import Resolved, identical, note_identical
 from state_esm_features.files import run_lock, staged
 from state_esm_features.option_groups import FeatureOptions, alias_pair
@@ -72,13 +73,6 @@ def check_same_model(
     if resolved.checkpoint is not None:
         recipe = choose_recipe(resolved.checkpoint, options.sequences)
         require_recipe_of(run, manifest, recipe, options.sequences.esm_model, notes)
-
-
-def part_of(record: Mapping[str, Any]) -> str:
-    """Which vectors of a table were read, as the manifest has it; nothing where it holds one."""
-    return ", ".join(
-        f"{k.split('_')[-1]} {record[k]}" for k in ("layer", "table_key") if k in record
-    )
 
 
 def require_recipe_of(
