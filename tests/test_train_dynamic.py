@@ -111,6 +111,20 @@ def test_script_1_reads_the_table_of_the_toml_too(folder: Path) -> None:
     assert create(folder).read_bytes() == with_flag
 
 
+def test_a_held_out_label_whose_vector_trains_is_named(train: Any, folder: Path) -> None:
+    """As where the features are named."""
+    held = "".join(f'[fewshot."sim.{x}"]\nval = ["SIM003"]\n' for x in SMALL.cell_types)
+    Path("config.toml").write_text(
+        f'[datasets]\nsim = "sim.h5ad"\n[training]\nsim = "train"\n{held}'
+    )
+    done = train("--esm-embeddings", "table.pt", "--alias", "SIM003=SIM007", "--dry-run")
+    assert done.code == 0, done.err
+    assert (
+        "warning: 1 label held out has the vector of one that trains (SIM003 = SIM007): not "
+        "unseen. Of guides of one gene, hold all out"
+    ) in done.err.splitlines()
+
+
 def test_flags_win_over_the_table(train: Any, folder: Path) -> None:
     table = torch.load("table.pt", weights_only=True)
     torch.save({k: v * 2 for k, v in table.items()}, "double.pt")

@@ -52,7 +52,7 @@ def check_features(
     if data:
         _check_labels(path, features, data, found)
         known_as = same_vector_in_training(features, data.splits)
-        _note_known(known_as, found)
+        note_known(known_as, found)
     return {
         "sha256": trained_sha256(manifest) if manifest else sha256_of(path),
         "width": width,
@@ -111,7 +111,8 @@ def _check_manifest(
         )
 
 
-def _note_known(known_as: Mapping[str, str], found: Findings) -> None:
+def note_known(known_as: Mapping[str, str], found: Findings) -> None:
+    """Warn of labels as `same_vector_in_training` has them."""
     if known_as:
         n, pairs = len(known_as), [f"{held} = {trained}" for held, trained in known_as.items()]
         found.warnings.append(

@@ -26,7 +26,7 @@ from state_esm_features.options import as_words, make
 from state_esm_features.training.data import Data
 from state_esm_features.training.fast_copies import FastLoading
 from state_esm_features.training.fast_loading import choose_loading, describe_loading
-from state_esm_features.training.features_check import check_features
+from state_esm_features.training.features_check import check_features, note_known
 from state_esm_features.training.model_check import check_model, data_dims, try_model
 from state_esm_features.training.preflight import (
     check_disk,
@@ -133,9 +133,10 @@ def make_features(
     path = place / OWN_FEATURES
     manifest = partial(build_manifest, resolved, features, command)
     write_features(path, features, manifest, found)
-    checked = Findings()  # its warnings were said in other words
+    checked = Findings()  # its other warnings were said in other words
     about = check_features(path, read_manifest(path), data, checked)
     found.problems += checked.problems
+    note_known(about["known_as"], found)
     return path, about
 
 
