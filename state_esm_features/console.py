@@ -192,7 +192,6 @@ def exit_code(
     UsageError
         For the parser, which shows the usage.
     """
-    _asked.clear()
     try:
         try:
             with on_signals(raise_stopped, stop_signals):
@@ -225,7 +224,6 @@ def called(step: Callable[[], T], notes: Notes) -> T:
     SystemExit
         Another signal: with the exit code of the commands.
     """
-    _asked.clear()
     try:
         return step()
     except InputError as error:

@@ -1,4 +1,4 @@
-"""ESM2 checkpoints with random weights in the layout of the published files."""
+"""ESM2 checkpoints with random weights in the layout of the published files; random proteins."""
 
 from __future__ import annotations
 
@@ -8,7 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import esm
+import numpy as np
 import torch
+
+
+def random_protein(rng: np.random.Generator, residues: int) -> str:
+    """A protein of random letters, one of the twenty for each residue."""
+    return "".join(rng.choice(list("LAGVSERTIDPKQNFYMHWC"), residues))
+
+
+def human_like(number: int, longest: int) -> list[str]:
+    """Random proteins, as long as human ones are: log-normal, median 415 residues."""
+    rng = np.random.default_rng(1)
+    lengths = np.clip(rng.lognormal(np.log(415), 0.75, number), 30, longest).astype(int)
+    return [random_protein(rng, n) for n in lengths]
 
 
 def random_model(

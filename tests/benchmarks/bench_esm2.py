@@ -33,7 +33,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from random_esm2 import write_checkpoint  # noqa: E402
+from random_esm2 import human_like, random_protein, write_checkpoint  # noqa: E402
 
 from state_esm_features.embedding.cache import Cache  # noqa: E402
 from state_esm_features.embedding.embed import embed  # noqa: E402
@@ -88,15 +88,9 @@ def one_thread_each(workers: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
 
 
-def protein(rng: np.random.Generator, residues: int) -> str:
-    return "".join(rng.choice(list("LAGVSERTIDPKQNFYMHWC"), residues))
-
-
 def compare(path: Path, proteins: int, workers: int) -> None:
     """Print thread seconds, clock seconds and the distance to the first of RUNS."""
-    rng = np.random.default_rng(1)
-    lengths = np.clip(rng.lognormal(np.log(415), 0.75, proteins), 30, 1022).astype(int)
-    sequences = [protein(rng, n) for n in lengths]
+    sequences = human_like(proteins, 1022)
     embeds = {run: built(run, path) for run in RUNS}
 
     def all_of(sequence: str) -> dict[str, tuple[float, float, torch.Tensor]]:
@@ -137,7 +131,7 @@ def cached(folder: Path, proteins: int = 20_000, width: int = 1280) -> None:
     """From command to file when every protein is in the cache."""
     write_checkpoint(folder / "model.pt", 1, width, HEADS)
     rng = np.random.default_rng(2)
-    sequences = [protein(rng, 400) for _ in range(proteins)]
+    sequences = [random_protein(rng, 400) for _ in range(proteins)]
     (folder / "all.fasta").write_text("".join(f">P{i}\n{s}\n" for i, s in enumerate(sequences)))
     sha256 = sha256_of(folder / "model.pt")
     recipe = Recipe(sha256, 1, "mean", "window", "float32", ENCODER)

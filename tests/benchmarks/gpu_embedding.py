@@ -17,14 +17,13 @@ from pathlib import Path
 from unittest import mock
 
 import esm
-import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from gpu_rows import Rows, parser_of_part, say, spread  # noqa: E402
-from random_esm2 import random_model  # noqa: E402
+from random_esm2 import human_like, random_model  # noqa: E402
 
 from state_esm_features.embedding import esm2  # noqa: E402
 from state_esm_features.embedding.embed import embed_all  # noqa: E402
@@ -36,13 +35,6 @@ BATCH_TOKENS = 16_384
 REFERENCE = "fair-esm"
 Embed = Callable[[Sequence[str]], torch.Tensor]
 """Vectors of proteins, float32 (proteins, width), on the CPU."""
-
-
-def human_like(number: int, longest: int) -> list[str]:
-    """Proteins of random letters, as long as human ones are."""
-    rng = np.random.default_rng(1)
-    lengths = np.clip(rng.lognormal(np.log(415), 0.75, number), 30, longest).astype(int)
-    return ["".join(rng.choice(list("LAGVSERTIDPKQNFYMHWC"), n)) for n in lengths]
 
 
 def fair_esm_loop(fair: esm.ESM2, device: torch.device, dtype: torch.dtype) -> Embed:
