@@ -22,8 +22,9 @@ FLOORS = (
     ("console", "files", "options", "option_values", "option_groups", "results"),
     (
         *("experiment", "h5ad", "embedding.gene_names", "embedding.downloads"),
-        *("embedding.fasta", "embedding.plain_pickle", "embedding.table_columns"),
-        *("embedding.table_content", "embedding.table_folders", "embedding.table_forms"),
+        *("embedding.excel_dates", "embedding.fasta", "embedding.plain_pickle"),
+        *("embedding.table_columns", "embedding.table_content", "embedding.table_folders"),
+        "embedding.table_forms",
         "embedding.tables",
     ),
     (

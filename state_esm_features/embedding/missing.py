@@ -19,6 +19,7 @@ from state_esm_features.embedding.resolve import (
     CONTROL_GUIDES,
     CONTROL_NAMED,
     CONTROL_NAMES,
+    DATE,
     NOT_FOUND,
     Resolution,
     Resolver,
@@ -227,6 +228,9 @@ def check_missing(resolved: Resolved, can_report: bool) -> None:
     if not missing:
         return
     total = sum(r.label != labels.control for r in resolutions)
+    in_lists = dates_of_gene_lists(missing, labels)
+    if in_lists and policy != "error":
+        raise InputError(dates_advice(in_lists, labels))
     names = some(r.label for r in missing)
     if policy != "error":
         filling = "the mean vector" if policy == "mean" else "zeros, as if they were control"
@@ -262,6 +266,9 @@ def remedies_for(missing: Sequence[Resolution], resolved: Resolved, can_report: 
     controls = named_as_controls(without(missing, cured), resolutions)
     relabel = controls_advice(controls, labels, resolver)
     rest = without(missing, [*cured, *controls])
+    dates = [r for r in rest if any(p.kind == DATE for p in r.parts)]
+    lost = [r for r in without(rest, dates) if lost_rows(r, resolver)]
+    rest = without(rest, [*dates, *lost])
     form, tried = suggest_form(rest, resolutions, resolver)
     as_tried = [tried.label(r.label) for r in rest]
     unread = [r for r in as_tried if r.reason]
@@ -278,7 +285,49 @@ def remedies_for(missing: Sequence[Resolution], resolved: Resolved, can_report: 
     if left:
         which = "" if len(left) == len(missing) else f"For {some(r.label for r in left)}: "
         tail = f"{which}{advice_for_missing(labels.for_run, can_report)}"
-    return [text for text in (blanks, relabel, form, relabel_more, choose, tail) if text]
+    only = len(missing) == 1
+    spoilt = dates_advice(dates, labels, said=only)
+    again = lost_rows_advice(lost, resolver, said=only)
+    texts = (blanks, relabel, spoilt, again, form, relabel_more, choose, tail)
+    return [text for text in texts if text]
+
+
+def dates_of_gene_lists(missing: Iterable[Resolution], labels: Labels) -> list[Resolution]:
+    """Labels of gene lists that a spreadsheet turned into dates: no --missing fills them in."""
+    lists = {str(i["path"]) for i in labels.inputs if i["kind"] == "gene-list"}
+    dates = [r for r in missing if any(p.kind == DATE for p in r.parts)]
+    return [r for r in dates if not lists.isdisjoint(labels.holders.get(r.label, ()))]
+
+
+def dates_advice(dates: Sequence[Resolution], labels: Labels, said: bool = False) -> str:
+    """What to do with labels that were symbols; `said` is that their reasons are said already."""
+    if not dates:
+        return ""
+    parts = {p.name: p for r in dates for p in r.parts if p.kind == DATE}
+    listed = "; ".join(f"{name}, probably {p.via}" for name, p in list(parts.items())[:5])
+    listed += "; ..." if len(parts) > 5 else ""
+    what = f"{count(len(parts), 'label')} that a spreadsheet has turned into dates: {listed}. "
+    holders = some(dict.fromkeys(path for r in dates for path in labels.needed_in(r.label)))
+    choices = [" or ".join(p.paste) for p in parts.values() if p.paste]
+    choose = f", or choose: {'; '.join(choices[:5])}" if choices else ""
+    return (
+        f"{'' if said else what}Which symbol it was is not guessed: write it again in {holders}"
+        f"{choose}"
+    )
+
+
+def lost_rows(resolution: Resolution, resolver: Resolver) -> list[str]:
+    """Rows of tables, left out as dates, that may be what a label lacks."""
+    return [row for p in resolution.parts if p.reason for row in resolver.lost_rows(p.name)]
+
+
+def lost_rows_advice(lost: Sequence[Resolution], resolver: Resolver, said: bool) -> str:
+    """What to do where a table may have had a label's gene; `said` as in `dates_advice`."""
+    if not lost:
+        return ""
+    pairs = (f"{r.label} ({' or '.join(lost_rows(r, resolver)[:3])})" for r in lost)
+    what = f"{some(pairs)}: the table may have had it, before a spreadsheet made a date of it. "
+    return f"{'' if said else what}Write the symbol again in the table"
 
 
 def advice_for_missing(for_run: bool, can_report: bool) -> str:

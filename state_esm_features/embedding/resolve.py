@@ -14,6 +14,7 @@ from pathlib import Path
 
 from state_esm_features.console import InputError, Notes, count, did_you_mean, some
 from state_esm_features.embedding import gene_names
+from state_esm_features.embedding.excel_dates import genes_behind, symbols_behind
 from state_esm_features.embedding.fasta import Proteins
 from state_esm_features.embedding.tables import Table
 from state_esm_features.files import existing_file
@@ -42,7 +43,7 @@ class Gene:
     reason
         Why it is missing.
     kind
-        The kind of that reason: not found, ambiguous, or no protein.
+        The kind of that reason: not found, ambiguous, no protein, turned into a date, ...
     paste
         Options that would choose one of the genes of an ambiguous name.
     """
@@ -123,6 +124,8 @@ CONTROL_GUIDES = re.compile(
 These are taken for no gene where they are neither a key nor a name of a human gene (WT1, NT5E)."""
 
 NOT_FOUND, CONTROL_NAMED = "not found", "named like a control"
+
+DATE = "turned into a date"
 
 
 def alias_option(name: str, key: str) -> str:
@@ -214,6 +217,27 @@ class Resolver:
                 found.setdefault(gene, []).append(key)
         return found
 
+    @cached_property
+    def dates_of_gene(self) -> dict[str, list[str]]:
+        """{gene, or symbol in capitals: rows of tables, left out as dates, that may be its own}."""
+        found: dict[str, list[str]] = {}
+        for source in self.sources:
+            for date in source.dates if isinstance(source, Table) else ():
+                for name in {*symbols_behind(date), *self.genes_behind(date)}:
+                    found.setdefault(name, []).append(f"{date} of {source.path}")
+        return found
+
+    def genes_behind(self, date: str) -> dict[str, str]:
+        """{gene: the symbol of which a spreadsheet made this date}."""
+        return genes_behind(date, lambda symbol: self.meanings(symbol)[1])
+
+    def lost_rows(self, name: str) -> list[str]:
+        """Rows, left out as dates, that may be a gene which was not found: '1-Mar of t.csv'."""
+        if not any(source.dates for source in self.sources if isinstance(source, Table)):
+            return []
+        names = [name.strip().upper(), *self.meanings(name)[1]]
+        return list(dict.fromkeys(row for x in names for row in self.dates_of_gene.get(x, ())))
+
     def meanings(self, name: str) -> tuple[gene_names.Names | None, dict[str, str]]:
         """The first resource that knows the name, and {gene: how}, firmest first."""
         known = ((names, found) for names in self.names if (found := names.meanings(name)))
@@ -222,7 +246,8 @@ class Resolver:
     def label(self, label: str) -> Resolution:
         """Resolve a label: as it stands, else part by part if it is a combination A+B."""
         parts = label.split(self.options.separator)
-        if len(parts) == 1 or label in self.aliases or self.exact(label):
+        named = label == self.control or label in self.aliases or self.exact(label)
+        if len(parts) == 1 or named or symbols_behind(label):
             return Resolution(label, (self.gene(label),))
         return Resolution(label, tuple(map(self.gene, parts)))
 
@@ -262,7 +287,13 @@ class Resolver:
             return self.control_named(name)
         if plain in NO_VALUES:
             return without_gene(name, "no value", f"{name!r} stands for no value")
-        return self.other_case(name) or self.other_name(name)
+        found = self.other_case(name) or self.other_name(name)
+        if found.gene is None and symbols_behind(name):
+            return self.turned_into_date(name)
+        if found.reason and (rows := self.lost_rows(name)):
+            row = f"; it may be {some(rows)}, left out as a date"
+            return replace(found, reason=found.reason + row)
+        return found
 
     def exact(self, name: str) -> Gene | None:
         """The key itself."""
@@ -327,6 +358,19 @@ class Resolver:
             choices += keys
         reason = f"{name!r} is ambiguous: {' or '.join(said)}"
         return without_gene(name, "ambiguous", reason, choices)
+
+    def turned_into_date(self, name: str) -> Gene:
+        """A date; `via` says what it may have been, `paste` chooses one of these."""
+        today: dict[str, list[str]] = {}
+        choices: list[str] = []
+        for gene, symbol in self.genes_behind(name).items():
+            names, _ = self.meanings(symbol)
+            today.setdefault(symbol, []).append(names.symbol_of(gene) if names else symbol)
+            choices += [k for keys in self.keys_of_gene for k in keys.get(gene, [])][:1]
+        said = [f"{symbol} (today {' or '.join(genes)})" for symbol, genes in today.items()]
+        meant = " or ".join(said or symbols_behind(name))
+        reason = f"{name!r} is a date, which a spreadsheet has made of a symbol: probably {meant}"
+        return replace(without_gene(name, DATE, reason, choices), via=meant)
 
     def control_named(self, name: str) -> Gene:
         """A name that only controls have."""

@@ -8,13 +8,14 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from state_esm_features.console import InputError, Notes, count, some
 from state_esm_features.embedding.downloads import arc_table_path
+from state_esm_features.embedding.excel_dates import symbols_behind
 from state_esm_features.embedding.fasta import genes_in_header
 from state_esm_features.embedding.table_content import Asked, Content
 from state_esm_features.embedding.table_forms import read_form
@@ -45,6 +46,8 @@ class Table:
         The layer, or the key, where a table holds several.
     second_names
         Genes of `vectors` that are another name of one before them.
+    dates
+        Keys that were left out: a spreadsheet has made dates of symbols.
     """
 
     path: Path
@@ -54,6 +57,7 @@ class Table:
     files: Sequence[Path] = ()
     part: Mapping[str, Any] = field(default_factory=dict)
     second_names: frozenset[str] = frozenset()
+    dates: tuple[str, ...] = ()
 
     @cached_property
     def symbols(self) -> Iterable[str]:
@@ -84,6 +88,7 @@ class Table:
             "sha256": self.sha256,
             "genes": len(self.vectors) - len(self.second_names),
             **self.part,
+            **({"dates_left_out": list(self.dates)} if self.dates else {}),
         }
 
     def __str__(self) -> str:
@@ -144,6 +149,7 @@ def load_table(path: Path, notes: Notes, asked: Asked | None = None) -> Table:
         raise InputError(f"{path} holds an empty table")
     for text in content.said:
         notes.line(f"{path}: {text}")
+    content, dates = without_dates(path, content, notes)
     names = gene_keys(path, content)
     rows = dict(zip((own for own, *_ in names), tensors(path, content), strict=True))
     _check_shapes(path, rows)
@@ -155,7 +161,23 @@ def load_table(path: Path, notes: Notes, asked: Asked | None = None) -> Table:
         files=content.files,
         part=content.part,
         second_names=frozenset(second),
+        dates=dates,
     )
+
+
+def without_dates(path: Path, content: Content, notes: Notes) -> tuple[Content, tuple[str, ...]]:
+    """What is no date, and the keys that are: nobody knows of which symbol they were made."""
+    dates = tuple(str(name) for name in content.names if symbols_behind(str(name)))
+    if not dates:
+        return content, ()
+    listed = f"dates that a spreadsheet made of symbols ({some(dates)})"
+    if len(dates) == len(content.names):
+        raise InputError(f"{path}: all {len(dates):,} keys are {listed}; write the symbols again")
+    notes.warn(f"{path}: {count(len(dates), 'row')} left out, whose keys are {listed}")
+    rows = zip(content.names, content.vectors, strict=True)
+    kept = [(name, vector) for name, vector in rows if not symbols_behind(str(name))]
+    names, vectors = zip(*kept, strict=True)
+    return replace(content, names=names, vectors=vectors), dates
 
 
 def gene_keys(path: Path, content: Content) -> list[list[str]]:

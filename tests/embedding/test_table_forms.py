@@ -101,6 +101,26 @@ def test_one_table_in_every_form_gives_the_same_features_byte_for_byte(data: st.
             }, form
 
 
+@pytest.mark.parametrize("form", write.WRITERS)
+def test_a_row_whose_key_is_a_date_is_left_out_of_every_form(form: str) -> None:
+    write.write_table(form, Path("t"), {"1-Mar": A, **TABLE, "2023-09-02": B})
+    table, said = load("t")
+    assert values(table) == {"STAT1": A.tolist(), "NA": B.tolist()}
+    assert table.dates == ("1-Mar", "2023-09-02")
+    assert said[0] == (
+        "warning: t: 2 rows left out, whose keys are dates that a spreadsheet made of symbols "
+        "(1-Mar, 2023-09-02)"
+    )
+
+
+def test_dates_that_parquet_stores_as_such_are_left_out() -> None:
+    frame = pd.DataFrame({"gene": pd.to_datetime(["2023-03-01", "2023-09-02"]), "e": [1.0, 2.0]})
+    frame.to_parquet("t")
+    assert refused("t").startswith(
+        "t: all 2 keys are dates that a spreadsheet made of symbols (2023-03-01 00:00:00.000"
+    )
+
+
 # --- folders --------------------------------------------------------------------------------------
 
 
