@@ -105,6 +105,8 @@ def test_of_several_tables_the_first_that_has_a_gene_wins(tmp_path: Path, create
         0,
         "o.pt\n",
         "two.npz: float64 values are converted to float32\n"
+        "too few genes in common, by name, to tell whether tables are of one model: two.npz and "
+        "one.pt (1), three.pt and one.pt (0), three.pt and two.npz (1)\n"
         "labels    4 (1 control, 3 exact)\n"
         "from      g.txt (3 labels)\n"
         "source    one.pt (1 gene x 3)\n"
@@ -593,6 +595,28 @@ def test_the_manifest_says_where_every_vector_comes_from(project: Path, create: 
     assert list(written) == list(expected)
     assert list(written["labels"]) == list(expected["labels"]) == list(read(project / "o.pt"))
     assert read_manifest(project / "o.pt") == expected
+
+
+def test_tables_of_two_models_get_a_warning_and_the_manifest_keeps_the_figure(
+    tmp_path: Path, create: Create
+) -> None:
+    for seed, name in enumerate(("one.pt", "two.pt")):
+        generator = torch.Generator().manual_seed(seed)
+        table = {f"G{i}": torch.randn(8, generator=generator) for i in range(30)}
+        torch.save(table, tmp_path / name)
+    (tmp_path / "g.txt").write_text("G1\nG2\n")
+    tables = ("--esm-embeddings", "one.pt", "--esm-embeddings", "two.pt")
+    done = create("--gene-list", "g.txt", *tables, "--output", "o.pt", "--quiet")
+    assert (done.code, done.out) == (0, "o.pt\n")
+    one, two = manifest(tmp_path / "o.pt")["sources"]
+    [seen] = two["agreement"]
+    assert "agreement" not in one
+    assert (seen["with"], seen["genes_in_both"], seen["compared"]) == ("one.pt", 30, 30)
+    assert abs(seen["median_cosine"]) < 0.5
+    assert done.err.startswith(
+        "warning: two.pt and one.pt have 30 genes in common, with other vectors: the median cosine "
+        f"of 30 of them is {seen['median_cosine']:.3f}, less their means (G0 "
+    )
 
 
 def test_files_are_as_readable_as_any_other_file_of_the_user(

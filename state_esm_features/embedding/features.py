@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from state_esm_features.console import InputError, Notes, count, some
+from state_esm_features.embedding.compare import compare_tables
 from state_esm_features.embedding.embed import find_checkpoint
 from state_esm_features.embedding.fasta import load_proteins
 from state_esm_features.embedding.labels import Labels
@@ -81,7 +82,8 @@ def resolve_labels(
 
 def open_sources(options: FeatureOptions, dry_run: bool, notes: Notes) -> list[Source]:
     """Tables, then proteins, in the order in which they are asked."""
-    sources: list[Source] = [*open_tables(options.sources, options.sequences.layer, dry_run, notes)]
+    tables = open_tables(options.sources, options.sequences.layer, dry_run, notes)
+    sources: list[Source] = [*compare_tables(tables, notes)]
     if options.sources.fasta:
         sources.append(load_proteins(options.sources.fasta, options.sequences, notes))
     return sources

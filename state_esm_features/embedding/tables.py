@@ -20,10 +20,19 @@ from state_esm_features.embedding.fasta import genes_in_header
 from state_esm_features.embedding.table_content import Asked, Content
 from state_esm_features.embedding.table_forms import read_form
 from state_esm_features.files import existing_file, sha256_of, sha256_of_files
-from state_esm_features.option_groups import SourceOptions
+from state_esm_features.option_groups import (
+    ARC_BYTES,
+    ARC_FILE,
+    ARC_REPOSITORY,
+    ARC_SHA256,
+    SourceOptions,
+)
 
 if TYPE_CHECKING:
     import torch
+
+KNOWN_TABLES = {ARC_SHA256: (ARC_BYTES, f"Arc's {ARC_FILE} of {ARC_REPOSITORY} (ESM2 15B)")}
+"""{sha256: (bytes, what that table is)}."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,8 @@ class Table:
         Genes of `vectors` that are another name of one before them.
     dates
         Keys that were left out: a spreadsheet has made dates of symbols.
+    agreement
+        With the tables that are asked before it, as the manifest has it.
     """
 
     path: Path
@@ -58,6 +69,7 @@ class Table:
     part: Mapping[str, Any] = field(default_factory=dict)
     second_names: frozenset[str] = frozenset()
     dates: tuple[str, ...] = ()
+    agreement: tuple[Mapping[str, Any], ...] = ()
 
     @cached_property
     def symbols(self) -> Iterable[str]:
@@ -79,22 +91,32 @@ class Table:
         """Of the file; of a folder, over the names and contents of its files."""
         return sha256_of_files(self.files) if self.path.is_dir() else sha256_of(self.path)
 
+    @cached_property
+    def named(self) -> str | None:
+        """What a known table is, whatever its file is called; other sizes are not hashed."""
+        sizes = {size for size, _ in KNOWN_TABLES.values()}
+        if not self.path.is_file() or self.path.stat().st_size not in sizes:
+            return None
+        return KNOWN_TABLES.get(self.sha256, (0, None))[1]
+
     def record(self) -> dict[str, Any]:
         """What the manifest says of the table."""
         return {
             "kind": "table",
+            **({"named": self.named} if self.named else {}),
             "form": self.form,
             "path": str(self.path),
             "sha256": self.sha256,
             "genes": len(self.vectors) - len(self.second_names),
             **self.part,
             **({"dates_left_out": list(self.dates)} if self.dates else {}),
+            **({"agreement": list(self.agreement)} if self.agreement else {}),
         }
 
     def __str__(self) -> str:
         genes = len(self.vectors) - len(self.second_names)
         size = f"{count(genes, 'gene')} x {self.width:,}"
-        return f"{self.path} ({', '.join(filter(None, [size, part_of(self.part)]))})"
+        return f"{self.path} ({', '.join(filter(None, [size, part_of(self.part), self.named]))})"
 
     def __getitem__(self, gene: str) -> torch.Tensor:
         """Vector of a gene as float32 (width,), a copy that owns its memory."""
