@@ -134,7 +134,8 @@ def write_file(
 ) -> FeaturesResult:
     """From labels to the features file; report and picture are written in a dry run too."""
     wanted, output = make(LabelOptions, given), make(OutputOptions, given)
-    features_file.check_outputs(output, inputs_of(wanted, options))
+    tables = options.sources.esm_embeddings
+    features_file.check_outputs(output, inputs_of(wanted, options), tables)
     labels = collect_labels(wanted, notes)
     notes.say()
     resolved = resolve_labels(

@@ -978,6 +978,34 @@ def peak(folder: Path, table: Path, output: str) -> int:
     return int(done.stderr)
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--output", "vectors/o.pt"), "--output vectors/o.pt"),
+        (("--report", "vectors/r.tsv"), "--report vectors/r.tsv"),
+        (("--plot", "link/p.png"), "--plot link/p.png"),
+    ],
+)
+def test_no_output_is_written_into_a_folder_that_is_the_table(
+    tmp_path: Path, create: Callable[..., Result], options: tuple[str, str], said: str
+) -> None:
+    folder = tmp_path / "vectors"
+    folder.mkdir()
+    (tmp_path / "link").symlink_to(folder)
+    torch.save(torch.ones(3), folder / "A.pt")
+    (tmp_path / "genes.txt").write_text("A\n")
+    sources = ("--gene-list", "genes.txt", "--esm-embeddings", "vectors", "--output", "o.pt")
+    assert create(*sources, *options) == Result(
+        1,
+        "",
+        f"error: {said} is in vectors, which is a table itself: it would be read as a part of it. "
+        "Give a place in another folder\n",
+    )
+    assert [path.name for path in folder.iterdir()] == ["A.pt"]
+    (folder / "out").mkdir()  # deeper folders are no part of a table
+    assert create(*sources, "--output", "vectors/out/o.pt").code == 0
+
+
 def test_of_a_large_table_only_the_vectors_in_use_come_into_memory(
     tmp_path: Path, big_table: Path
 ) -> None:

@@ -43,8 +43,12 @@ def read_manifest(features: Path) -> dict[str, Any] | None:
     return manifest if manifest.get("features_sha256") == sha256_of(features) else None
 
 
-def check_outputs(output: OutputOptions, inputs: Iterable[Path]) -> None:
-    """Refuse outputs that cannot be written, or would take the place of what is no such output."""
+def check_outputs(
+    output: OutputOptions, inputs: Iterable[Path], tables: Iterable[Path] = ()
+) -> None:
+    """Refuse outputs that cannot be written, or would take the place of what is no such output, or
+    would be read as a part of a table."""
+    folders = {table.resolve(): table for table in tables if table.is_dir()}
     taken = {path.resolve(): "an input" for path in inputs}
     for option, path, start in (
         ("--output", output.output, b""),  # any file: `set_aside` keeps what is not ours
@@ -56,6 +60,11 @@ def check_outputs(output: OutputOptions, inputs: Iterable[Path]) -> None:
         if path.is_dir():
             raise InputError(f"{option} {path} is a folder; give the name of a file in it")
         place = path.resolve()
+        if place.parent in folders:
+            raise InputError(
+                f"{option} {path} is in {folders[place.parent]}, which is a table itself: it would "
+                "be read as a part of it. Give a place in another folder"
+            )
         if place in taken:
             raise InputError(f"{option} {path} is {taken[place]}; give another name")
         if path.is_file() and path.stat().st_size and not begins_with(path, start):
