@@ -6,6 +6,7 @@ How such a file is read is not known here.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,6 +87,8 @@ def vectors_in(
         at = next(i for i in others if names[i] == column)
         return genes, list_rows(path, column, columns[at]), column, left_out
     numbers = [i for i in others if is_number(columns[i]) and not ROW_NUMBERS.fullmatch(names[i])]
+    dimensions = numbered([names[i] for i in numbers])
+    numbers = [i for i in numbers if names[i] in dimensions]
     left_out = [names[i] for i in others if i not in set(numbers)]
     for i in others:
         check_text(path, names[i], columns[i], genes)
@@ -95,6 +98,18 @@ def vectors_in(
             f"{some(names, 20)}"
         )
     return genes, number_matrix([columns[i] for i in numbers]), None, left_out
+
+
+def numbered(names: Sequence[str]) -> set[str]:
+    """Those columns of numbers that are dimensions of the vectors.
+
+    Where most of them are numbered (0, 1, ...; dim_0, dim_1, ...), the others are something else
+    that is known of the gene: a length, an Entrez id. Else all are.
+    """
+    stems = {name: name.rstrip("0123456789") for name in names}
+    members = Counter(stem for name, stem in stems.items() if stem != name)
+    dimensions = {name for name, stem in stems.items() if stem != name and members[stem] > 1}
+    return dimensions if 2 * len(dimensions) > len(stems) else set(stems)
 
 
 def is_number(column: pa.ChunkedArray) -> bool:
@@ -122,7 +137,6 @@ def holds_lists(column: pa.ChunkedArray) -> bool:
 
 def list_rows(path: Path, name: str, column: pa.ChunkedArray) -> list[Any]:
     """The vectors of a column of lists."""
-    import numpy as np
     import pyarrow as pa
 
     if not is_text(column):
@@ -130,17 +144,30 @@ def list_rows(path: Path, name: str, column: pa.ChunkedArray) -> list[Any]:
             return column.to_pylist()
         rows = (row.values for row in column)
         return [row if row is None else row.to_numpy(zero_copy_only=False) for row in rows]
-    texts = column.to_pylist()
-    if any("..." in (text or "") for text in texts):
+    import pyarrow.compute as pc
+
+    if pc.any(pc.match_substring(column, "...")).as_py():
         raise InputError(
             f"{path}: the lists in column {name!r} were shortened to '...' when they were written, "
             "so their numbers are lost. Write the table again in another form, such as .parquet"
         )
     try:
-        words = (re.sub(r"[\[\],]", " ", text or "").split() for text in texts)
-        return [np.array(row, dtype=np.float64) for row in words]
-    except ValueError as error:
+        some_rows = (column.slice(start, 500) for start in range(0, len(column), 500))
+        return [row for rows in some_rows for texts in rows.chunks for row in numbers_in(texts)]
+    except pa.ArrowInvalid as error:
         raise InputError(f"{path}: column {name!r} holds lists with other than numbers") from error
+
+
+def numbers_in(texts: pa.Array) -> list[np.ndarray]:
+    """The numbers of each text such as [0.1, 0.2] or [0.1 0.2], float64."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    bare = pc.utf8_trim(pc.fill_null(texts, ""), characters="[], \t\r\n")
+    words = pc.ascii_split_whitespace(pc.replace_substring(bare, ",", " "))
+    numbers = pc.cast(words.flatten(), pa.float64()).to_numpy(zero_copy_only=False)
+    return np.split(numbers, words.offsets.to_numpy()[1:-1])
 
 
 def check_text(path: Path, name: str, column: pa.ChunkedArray, genes: Sequence[str | None]) -> None:

@@ -269,6 +269,23 @@ def test_a_layer_that_a_folder_lacks_is_named() -> None:
         ('uniprot,note,vec\nP1,x,"[1, 2]"\n', {"P1": [1, 2]}, ["t: 1 column left out (note)"]),
         ('gene,vec\nA,"[1.  2.5\n 3.]"\n', {"A": [1, 2.5, 3]}, []),  # as NumPy prints it
         ("entrez,e\n7157,1\n", {"7157": [1]}, []),
+        (
+            "gene,length,dim_0,dim_1,dim_2,entrezgene_id\nA,750,1,2,3,6772\n",
+            {"A": [1, 2, 3]},
+            ["t: 2 columns left out (length, entrezgene_id)"],
+        ),
+        (
+            "gene,0,1,2,n_residues\nA,1,2,3,750\n",
+            {"A": [1, 2, 3]},
+            ["t: 1 column left out (n_residues)"],
+        ),
+        (
+            "gene,esm_0,esm_1,t5_0,t5_1,pLDDT\nA,1,2,3,4,9\n",
+            {"A": [1, 2, 3, 4]},
+            ["t: 1 column left out (pLDDT)"],
+        ),
+        ("gene,height,width,length\nA,1,2,3\n", {"A": [1, 2, 3]}, []),  # none is numbered
+        ("gene,V1,length\nA,1,3\n", {"A": [1, 3]}, []),  # one is not numbered by another
     ],
 )
 def test_columns_of_text_are_read_by_what_they_hold(
@@ -278,6 +295,13 @@ def test_columns_of_text_are_read_by_what_they_hold(
     table, notes = load("t")
     assert values(table) == expected
     assert [note for note in notes if "converted" not in note] == said
+
+
+def test_a_parquet_too_has_dimensions_that_are_numbered() -> None:
+    frame = pd.DataFrame(np.ones((2, 4)), index=["A", "B"], columns=["0", "1", "2", "length"])
+    frame.to_parquet("t")
+    table, said = load("t")
+    assert (table.width, said[0]) == (3, "t: 1 column left out (length)")
 
 
 def test_a_parquet_has_its_genes_in_the_index_or_in_a_column() -> None:
@@ -321,6 +345,14 @@ def test_a_parquet_has_its_genes_in_the_index_or_in_a_column() -> None:
             "t: the lists in column 'vec' were shortened to '...' when they were written, so their "
             "numbers are lost. Write the table again in another form, such as .parquet",
         ),
+        (
+            'gene,vec\nA,"[0.1, n/d]"\n',
+            "t: column 'vec' holds lists with other than numbers",
+        ),
+        (
+            'gene,vec\nA,"[0.1, 2]"\nB,"[]"\n',
+            "t: column 'vec' holds lists with other than numbers",
+        ),
         ("gene,x\n,1\n", "t: 1 of 1 keys are no names of genes (''); name each gene by a text"),
     ],
 )
@@ -330,6 +362,18 @@ def test_bad_columns_are_refused_in_one_line(text: str, message: str | None) -> 
         assert load("t")[1] == ["t: 1 column left out (y)"]
     else:
         assert refused("t") == message
+
+
+def test_lists_written_as_text_are_the_numbers_that_python_reads() -> None:
+    numbers = np.random.default_rng(0).normal(size=(1201, 3)) * 10.0 ** np.arange(-9, 9, 6)
+    table = {f"G{i}": row for i, row in enumerate(numbers)}
+    write.of_csv_lists(Path("t"), table)
+    opened, _ = load("t")
+    assert [opened.vectors[gene].tolist() for gene in table] == numbers.tolist()
+    texts = [str(row.tolist()) for row in numbers]
+    pd.DataFrame({"gene": list(table), "vec": texts}).to_parquet("t")
+    opened, _ = load("t")
+    assert [opened.vectors[gene].tolist() for gene in table] == numbers.tolist()
 
 
 def test_one_of_several_columns_of_lists_is_chosen() -> None:
