@@ -26,6 +26,7 @@ FLOORS = (
         *("embedding.table_columns", "embedding.table_content", "embedding.table_folders"),
         "embedding.table_forms",
         "embedding.tables",
+        "embedding.table_agreement",
     ),
     (
         *("embedding.esm2", "embedding.cache", "embedding.embed", "embedding.resolve"),

@@ -10,13 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from state_esm_features.console import InputError, Notes, count, some
-from state_esm_features.embedding.compare import compare_tables
 from state_esm_features.embedding.embed import find_checkpoint
 from state_esm_features.embedding.fasta import load_proteins
 from state_esm_features.embedding.labels import Labels
 from state_esm_features.embedding.missing import check_missing, say_left_out
 from state_esm_features.embedding.report import write_report
 from state_esm_features.embedding.resolve import Resolution, Resolver, Source, resolve
+from state_esm_features.embedding.table_agreement import compare_tables
 from state_esm_features.embedding.tables import open_tables
 from state_esm_features.embedding.vectors import Resolved
 from state_esm_features.option_groups import FeatureOptions

@@ -81,7 +81,7 @@ def read(path: Path, labels: int | None) -> dict[str, float]:
 def compare(one: Path, other: Path) -> dict[str, float]:
     """The same of comparing two tables that are open."""
     from state_esm_features.console import Notes
-    from state_esm_features.embedding.compare import compare_tables
+    from state_esm_features.embedding.table_agreement import compare_tables
     from state_esm_features.embedding.tables import load_table
 
     tables = [load_table(path, Notes()) for path in (one, other)]
