@@ -8,6 +8,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
+import table_writers
 import torch
 from conftest import (
     PATIENCE,
@@ -595,6 +597,22 @@ def test_the_manifest_says_where_every_vector_comes_from(project: Path, create: 
     assert list(written) == list(expected)
     assert list(written["labels"]) == list(expected["labels"]) == list(read(project / "o.pt"))
     assert read_manifest(project / "o.pt") == expected
+
+
+def test_a_table_in_every_form_gives_the_same_features_file(tmp_path: Path, create: Create) -> None:
+    rows = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
+    (tmp_path / "g.txt").write_text("A\nC\nA+B\n")
+    written = {}
+    for form in table_writers.WRITERS:
+        path = table_writers.write_table(form, tmp_path / "t", dict(zip("ABC", rows, strict=True)))
+        done = create("--gene-list", "g.txt", "--esm-embeddings", path, "--output", "o.pt")
+        assert done.code == 0, (form, done.err)
+        written[form] = (tmp_path / "o.pt").read_bytes()
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert len(set(written.values())) == 1
+    found = torch.load(tmp_path / "o.pt", weights_only=True)
+    expected = {"A": rows[0], "C": rows[2], "A+B": rows[0] + rows[1], CONTROL: np.zeros(5)}
+    assert {k: v.tolist() for k, v in found.items()} == {k: v.tolist() for k, v in expected.items()}
 
 
 def test_tables_of_two_models_get_a_warning_and_the_manifest_keeps_the_figure(

@@ -265,6 +265,23 @@ def test_a_torch_file_that_would_run_code_is_refused_and_nothing_has_run(
     assert MARKER.exists()
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("remembered", [False, True])
+def test_an_extension_of_copyreg_in_a_torch_file_is_refused_and_nothing_has_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zipped: bool, remembered: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with extension(241):
+        content = {"A": torch.ones(2), "B": ByReduce()}
+        torch.save(content, "t.pt", _use_new_zipfile_serialization=zipped)
+        if remembered:
+            torch.load("t.pt", weights_only=False)
+            MARKER.unlink()
+        with pytest.raises(InputError, match=r"t\.pt was refused without running it"):
+            load_table(Path("t.pt"), Notes())
+        assert not MARKER.exists()
+
+
 def test_no_dtype_of_numpy_is_built_by_the_state_in_a_torch_file(tmp_path: Path) -> None:
     """Its own __setstate__ believes flags and sizes that it is given."""
     torch.save({"A": np.ones(2, dtype=[("x", "f4"), ("y", "O")])}, tmp_path / "t.pt")
