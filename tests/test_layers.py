@@ -30,7 +30,8 @@ FLOORS = (
     ),
     (
         *("embedding.esm2", "embedding.cache", "embedding.embed", "embedding.resolve"),
-        *("embedding.labels", "embedding.vectors", "embedding.compare", "embedding.missing"),
+        *("embedding.labels", "embedding.vectors", "embedding.compare"),
+        *("embedding.date_remedies", "embedding.missing"),
         *("embedding.features_file", "embedding.report", "embedding.plot", "embedding.features"),
     ),
     (

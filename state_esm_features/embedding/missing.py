@@ -13,13 +13,19 @@ from dataclasses import replace
 from typing import Any
 
 from state_esm_features.console import InputError, count, have, shown, some, them, with_remedies
+from state_esm_features.embedding.date_remedies import (
+    dates_advice,
+    dates_of_gene_lists,
+    lost_rows,
+    lost_rows_advice,
+    with_dates,
+)
 from state_esm_features.embedding.gene_names import LOOSER
 from state_esm_features.embedding.labels import Labels, plain_regex, relabelling
 from state_esm_features.embedding.resolve import (
     CONTROL_GUIDES,
     CONTROL_NAMED,
     CONTROL_NAMES,
-    DATE,
     NOT_FOUND,
     Resolution,
     Resolver,
@@ -266,7 +272,7 @@ def remedies_for(missing: Sequence[Resolution], resolved: Resolved, can_report: 
     controls = named_as_controls(without(missing, cured), resolutions)
     relabel = controls_advice(controls, labels, resolver)
     rest = without(missing, [*cured, *controls])
-    dates = [r for r in rest if any(p.kind == DATE for p in r.parts)]
+    dates = with_dates(rest)
     lost = [r for r in without(rest, dates) if lost_rows(r, resolver)]
     rest = without(rest, [*dates, *lost])
     form, tried = suggest_form(rest, resolutions, resolver)
@@ -290,44 +296,6 @@ def remedies_for(missing: Sequence[Resolution], resolved: Resolved, can_report: 
     again = lost_rows_advice(lost, resolver, said=only)
     texts = (blanks, relabel, spoilt, again, form, relabel_more, choose, tail)
     return [text for text in texts if text]
-
-
-def dates_of_gene_lists(missing: Iterable[Resolution], labels: Labels) -> list[Resolution]:
-    """Labels of gene lists that a spreadsheet turned into dates: no --missing fills them in."""
-    lists = {str(i["path"]) for i in labels.inputs if i["kind"] == "gene-list"}
-    dates = [r for r in missing if any(p.kind == DATE for p in r.parts)]
-    return [r for r in dates if not lists.isdisjoint(labels.holders.get(r.label, ()))]
-
-
-def dates_advice(dates: Sequence[Resolution], labels: Labels, said: bool = False) -> str:
-    """What to do with labels that were symbols; `said` is that their reasons are said already."""
-    if not dates:
-        return ""
-    parts = {p.name: p for r in dates for p in r.parts if p.kind == DATE}
-    listed = "; ".join(f"{name}, probably {p.via}" for name, p in list(parts.items())[:5])
-    listed += "; ..." if len(parts) > 5 else ""
-    what = f"{count(len(parts), 'label')} that a spreadsheet has turned into dates: {listed}. "
-    holders = some(dict.fromkeys(path for r in dates for path in labels.needed_in(r.label)))
-    choices = [" or ".join(p.paste) for p in parts.values() if p.paste]
-    choose = f", or choose: {'; '.join(choices[:5])}" if choices else ""
-    return (
-        f"{'' if said else what}Which symbol it was is not guessed: write it again in {holders}"
-        f"{choose}"
-    )
-
-
-def lost_rows(resolution: Resolution, resolver: Resolver) -> list[str]:
-    """Rows of tables, left out as dates, that may be what a label lacks."""
-    return [row for p in resolution.parts if p.reason for row in resolver.lost_rows(p.name)]
-
-
-def lost_rows_advice(lost: Sequence[Resolution], resolver: Resolver, said: bool) -> str:
-    """What to do where a table may have had a label's gene; `said` as in `dates_advice`."""
-    if not lost:
-        return ""
-    pairs = (f"{r.label} ({' or '.join(lost_rows(r, resolver)[:3])})" for r in lost)
-    what = f"{some(pairs)}: the table may have had it, before a spreadsheet made a date of it. "
-    return f"{'' if said else what}Write the symbol again in the table"
 
 
 def advice_for_missing(for_run: bool, can_report: bool) -> str:

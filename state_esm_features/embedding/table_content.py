@@ -1,4 +1,4 @@
-"""What a reader of a table is asked for, what it returns, and how it says that a file is damaged.
+"""What a reader of a table is asked for, what it returns, and what of that is damaged.
 
 The readers stand in `table_forms` and `table_folders`.
 """
@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from state_esm_features.console import InputError
+from state_esm_features.console import InputError, Notes, count, some
+from state_esm_features.embedding.excel_dates import symbols_behind
 from state_esm_features.files import cannot_read
 
 if TYPE_CHECKING:
@@ -55,6 +56,21 @@ class Content:
     part: Mapping[str, Any] = field(default_factory=dict)
     said: tuple[str, ...] = ()
     headers: bool = False
+
+
+def without_dates(path: Path, content: Content, notes: Notes) -> tuple[Content, tuple[str, ...]]:
+    """What is no date, and the keys that are: nobody knows of which symbol they were made."""
+    dates = tuple(str(name) for name in content.names if symbols_behind(str(name)))
+    if not dates:
+        return content, ()
+    listed = f"dates that a spreadsheet made of symbols ({some(dates)})"
+    if len(dates) == len(content.names):
+        raise InputError(f"{path}: all {len(dates):,} keys are {listed}; write the symbols again")
+    notes.warn(f"{path}: {count(len(dates), 'row')} left out, whose keys are {listed}")
+    rows = zip(content.names, content.vectors, strict=True)
+    kept = [(name, vector) for name, vector in rows if not symbols_behind(str(name))]
+    names, vectors = zip(*kept, strict=True)
+    return replace(content, names=names, vectors=vectors), dates
 
 
 @contextlib.contextmanager

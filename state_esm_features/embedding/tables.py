@@ -8,16 +8,15 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from state_esm_features.console import InputError, Notes, count, some
 from state_esm_features.embedding.downloads import arc_table_path
-from state_esm_features.embedding.excel_dates import symbols_behind
 from state_esm_features.embedding.fasta import genes_in_header
-from state_esm_features.embedding.table_content import Asked, Content
+from state_esm_features.embedding.table_content import Asked, Content, without_dates
 from state_esm_features.embedding.table_forms import read_form
 from state_esm_features.files import existing_file, sha256_of, sha256_of_files
 from state_esm_features.option_groups import (
@@ -185,21 +184,6 @@ def load_table(path: Path, notes: Notes, asked: Asked | None = None) -> Table:
         second_names=frozenset(second),
         dates=dates,
     )
-
-
-def without_dates(path: Path, content: Content, notes: Notes) -> tuple[Content, tuple[str, ...]]:
-    """What is no date, and the keys that are: nobody knows of which symbol they were made."""
-    dates = tuple(str(name) for name in content.names if symbols_behind(str(name)))
-    if not dates:
-        return content, ()
-    listed = f"dates that a spreadsheet made of symbols ({some(dates)})"
-    if len(dates) == len(content.names):
-        raise InputError(f"{path}: all {len(dates):,} keys are {listed}; write the symbols again")
-    notes.warn(f"{path}: {count(len(dates), 'row')} left out, whose keys are {listed}")
-    rows = zip(content.names, content.vectors, strict=True)
-    kept = [(name, vector) for name, vector in rows if not symbols_behind(str(name))]
-    names, vectors = zip(*kept, strict=True)
-    return replace(content, names=names, vectors=vectors), dates
 
 
 def gene_keys(path: Path, content: Content) -> list[list[str]]:
