@@ -27,8 +27,14 @@ FLOORS = (
         "embedding.tables",
     ),
     (
-        *("embedding.esm2", "embedding.cache", "embedding.embed", "embedding.resolve"),
-        *("embedding.labels", "embedding.vectors", "embedding.compare", "embedding.missing"),
+        *("embedding.devices", "embedding.esm2", "embedding.cache", "embedding.embed"),
+        *(
+            "embedding.resolve",
+            "embedding.labels",
+            "embedding.vectors",
+            "embedding.compare",
+            "embedding.missing",
+        ),
         *("embedding.features_file", "embedding.report", "embedding.plot", "embedding.features"),
     ),
     (
