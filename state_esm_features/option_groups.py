@@ -12,7 +12,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from state_esm_features.option_values import alias_pair, label_regex, positive, run_name, workers
+from state_esm_features.option_values import (
+    alias_pair,
+    device_name,
+    label_regex,
+    positive,
+    run_name,
+    workers,
+)
 from state_esm_features.options import add_options, fields_of, make, names_of, option, switch
 
 DEFAULT_CONTROL = "non-targeting"
@@ -141,9 +148,11 @@ class SequenceOptions:
         **WHOLE,
     )
     device: str = option(
-        "where vectors are computed from sequences (default: auto, a GPU if there is one)",
+        "where vectors are computed from sequences; cuda: every GPU that is visible, cuda:1: that "
+        "one (default: auto, GPUs if there are any)",
         "auto",
-        choices=("auto", "cpu", "cuda", "mps"),
+        type=device_name,
+        metavar="auto|cpu|cuda[:N]|mps",
     )
     precision: str = option(
         "precision of that (default: auto: bfloat16 on a GPU that has it, else float32)",

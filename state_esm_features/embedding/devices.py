@@ -1,28 +1,85 @@
-"""Where ESM2 computes: which device is there, and whether it is quick in half precision.
+"""Where ESM2 computes: which devices are there, and whether one is quick in half precision.
 
 What is computed is not known here.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from state_esm_features.console import InputError
+from state_esm_features.console import InputError, count, out_of_memory, some
 
 if TYPE_CHECKING:
     import torch
 
 
-def choose_device(name: str) -> torch.device:
-    """--device; `auto` takes a GPU that is there."""
+class OutOfMemory(Exception):
+    """A device has no room for what it was given; its argument is the device's name."""
+
+
+@contextlib.contextmanager
+def memory_of(device: torch.device) -> Iterator[None]:
+    """Name the device that is out of memory.
+
+    Raises
+    ------
+    OutOfMemory
+        In place of whatever torch raises then.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        raise OutOfMemory(str(device)) from error
+
+
+def choose_devices(name: str) -> tuple[list[torch.device], str]:
+    """The devices of --device, and what a person may want to know of the choice.
+
+    `cuda` means every visible GPU, `cuda:N` one, and `auto` what is there.
+
+    Raises
+    ------
+    InputError
+        torch sees no such device.
+    """
     import torch
 
-    gpus = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    there = [gpu for gpu, is_there in gpus.items() if is_there] + ["cpu"]
-    if name not in ("auto", *there):
+    visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = [torch.cuda.get_device_name(i) for i in range(visible)]
+    kinds = {"cuda": bool(gpus), "mps": torch.backends.mps.is_available(), "cpu": True}
+    kind, _, number = name.partition(":")
+    if kind == "auto":
+        kind = next(kind for kind, is_there in kinds.items() if is_there)
+    if not kinds[kind]:
         raise InputError(f"--device {name}: torch sees none here; use --device auto or cpu")
-    return torch.device(there[0] if name == "auto" else name)
+    if kind != "cuda":
+        return [torch.device(kind)], ""
+    numbers, said = which_gpus(gpus, int(number) if number else None)
+    return [torch.device("cuda", i) for i in numbers], said
+
+
+def which_gpus(gpus: Sequence[str], number: int | None) -> tuple[list[int], str]:
+    """Of GPUs, by their names, the numbers of those to use, and what is to be said of it.
+
+    Without a number those of the first one's kind: another kind may round otherwise, and which one
+    has a protein depends on the moment.
+    """
+    if number is not None:
+        if number >= len(gpus):
+            raise InputError(
+                f"--device cuda:{number}: torch sees {count(len(gpus), 'GPU')} here, "
+                f"{some(f'cuda:{i}' for i in range(len(gpus)))}"
+            )
+        return [number], ""
+    alike = [i for i, gpu in enumerate(gpus) if gpu == gpus[0]]
+    others = [f"cuda:{i} ({gpu})" for i, gpu in enumerate(gpus) if gpu != gpus[0]]
+    said = f"not used: {some(others)}; vectors are of one kind of GPU, here {gpus[0]}"
+    return alike, said if others else ""
 
 
 def slow_in(dtype: torch.dtype) -> bool:

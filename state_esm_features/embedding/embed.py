@@ -1,20 +1,27 @@
-"""From sequences to vectors: windows, pooling, precision, all cores.
+"""From sequences to vectors: windows, pooling, precision, all cores and GPUs.
 
 The encoder itself stands in `esm2`, which devices there are in `devices`.
 """
 
 from __future__ import annotations
 
+import queue
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from typing import TYPE_CHECKING
 
-from state_esm_features.console import Bar, InputError, announce, count, out_of_memory, some, warn
+from state_esm_features.console import Bar, InputError, announce, count, some, warn
 from state_esm_features.embedding.cache import Cache, open_cache
-from state_esm_features.embedding.devices import choose_device, slow_in
+from state_esm_features.embedding.devices import OutOfMemory, choose_devices, memory_of, slow_in
 from state_esm_features.embedding.downloads import weights_path
-from state_esm_features.embedding.esm2 import ENCODER, Checkpoint, Esm2, open_checkpoint
+from state_esm_features.embedding.esm2 import (
+    ENCODER,
+    Checkpoint,
+    Esm2,
+    attention_without_plans,
+    open_checkpoint,
+)
 from state_esm_features.embedding.fasta import Proteins, Recipe, windows
 from state_esm_features.embedding.tables import Table
 from state_esm_features.option_groups import ESM2_WIDTHS, WINDOW, SequenceOptions
@@ -59,7 +66,7 @@ def choose_recipe(checkpoint: Checkpoint, options: SequenceOptions) -> Recipe:
     import torch
 
     layer = checkpoint.layers if options.layer is None else options.layer
-    precision, device = options.precision, choose_device(options.device)
+    precision, [device, *_] = options.precision, choose_devices(options.device)[0]
     if precision == "auto":
         on_gpu = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
         precision = "bfloat16" if on_gpu else "float32"
@@ -67,26 +74,46 @@ def choose_recipe(checkpoint: Checkpoint, options: SequenceOptions) -> Recipe:
 
 
 def embed_all(
-    model: Esm2, sequences: Sequence[str], long: str
+    models: Sequence[Esm2], sequences: Sequence[str], long: str
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """(sequence, vector) of each as it is finished, the longest begun first.
 
-    On a CPU every core has a protein of its own: small matrices do not keep many cores busy.
+    On a CPU every core has a protein of its own: small matrices do not keep many cores busy. A GPU
+    has one at a time, on its own copy of the model.
+
+    Raises
+    ------
+    OutOfMemory
+        Names the device.
     """
     import torch
 
-    stop = threading.Event()
     cores, matmul = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    seats = [m for m in models for _ in range(cores if m.device.type == "cpu" else 1)]
+    seats = seats[: len(sequences)]
+    free: queue.SimpleQueue[Esm2] = queue.SimpleQueue()
+    for model in seats:
+        free.put(model)
+    stop = threading.Event()
+
+    def job(sequence: str) -> torch.Tensor:
+        model = free.get()
+        try:
+            with memory_of(model.device):
+                return embed(model, sequence, long, stop)
+        finally:
+            free.put(model)
+
     # State's training leaves "medium" for its process (a notebook): float32 may then be less
     torch.set_float32_matmul_precision("highest")
-    workers = min(cores, len(sequences)) if model.device.type == "cpu" else 1
     # one thread each, always: the last bit of a vector may differ with the number of threads
-    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    pool = ThreadPoolExecutor(len(seats), initializer=torch.set_num_threads, initargs=(1,))
     try:
-        longest_first = sorted(sequences, key=len, reverse=True)
-        jobs = {pool.submit(embed, model, s, long, stop): s for s in longest_first}
-        for job in as_completed(jobs):
-            yield jobs[job], job.result()
+        with attention_without_plans({m.device.type for m in models}):
+            longest_first = sorted(sequences, key=len, reverse=True)
+            jobs = {pool.submit(job, s): s for s in longest_first}
+            for done in as_completed(jobs):
+                yield jobs[done], done.result()
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)
@@ -154,14 +181,17 @@ def embed_genes(
     cache = open_cache(options)
     vectors = cache.read({s: recipe.key(s) for s in sequences})
     missing = [s for s in sequences if s not in vectors]
-    device = choose_device(options.device)
+    devices, said = choose_devices(options.device)
+    devices = devices[: len(missing) or 1]
+    if missing and said:
+        warn(said)
     announce(
         f"{count(len(sequences), 'protein')} of {count(len(genes), 'gene')}: {len(vectors):,} in "
-        f"the cache, {len(missing):,} to compute with {options.esm_model} on {device.type} in "
-        f"{recipe.precision}"
+        f"the cache, {len(missing):,} to compute with {options.esm_model} on "
+        f"{some(map(str, devices), len(devices))} in {recipe.precision}"
     )
     if missing:
-        vectors |= compute(missing, checkpoint, recipe, options, cache, for_run)
+        vectors |= compute(missing, checkpoint, recipe, options, devices, cache, for_run)
     return {
         gene: torch.stack([vectors[p.sequence] for p in proteins[gene]]).double().mean(0).float()
         for gene in genes
@@ -173,34 +203,37 @@ def compute(
     checkpoint: Checkpoint,
     recipe: Recipe,
     options: SequenceOptions,
+    devices: Sequence[torch.device],
     cache: Cache,
     for_run: bool,
 ) -> dict[str, torch.Tensor]:
     """{sequence: vector, float32 (width,)}, each kept in the cache as soon as it is there."""
     import torch
 
-    device, dtype = choose_device(options.device), getattr(torch, recipe.precision)
-    if device.type == "cpu" and dtype != torch.float32 and slow_in(dtype):
+    dtype = getattr(torch, recipe.precision)
+    if devices[0].type == "cpu" and dtype != torch.float32 and slow_in(dtype):
         choice = "" if for_run else "--precision "
         warn(f"{recipe.precision} is slow on this CPU, {choice}float32 is faster")
     vectors: dict[str, torch.Tensor] = {}
     bar = Bar(sum(map(len, sequences)), "residues", "residue")
     try:
-        model = Esm2(checkpoint, recipe.layer, device, dtype)
-        for sequence, vector in embed_all(model, sequences, options.long):
+        models = []
+        for device in devices:
+            with memory_of(device):
+                models.append(Esm2(checkpoint, recipe.layer, device, dtype))
+        for sequence, vector in embed_all(models, sequences, options.long):
             vectors[sequence] = vector
             cache.put(recipe.key(sequence), vector)
             bar.add(len(sequence), f"{len(vectors):,} of {len(sequences):,} proteins")
-    except RuntimeError as error:
-        if not out_of_memory(error):
-            raise
+    except OutOfMemory as error:
         other = "--device cpu"
         if not for_run:
             other = f"--precision bfloat16, {other} or a smaller --esm-model"
+        leave_out = ", leave it out (CUDA_VISIBLE_DEVICES)" if len(devices) > 1 else ""
         raise InputError(
-            f"out of memory on {device.type}, where {options.esm_model} in {recipe.precision} and "
+            f"out of memory on {error}, where {options.esm_model} in {recipe.precision} and "
             f"one window of {WINDOW:,} residues must fit; what is finished is kept. Free memory "
-            f"there, or choose {other}"
+            f"there{leave_out}, or choose {other}"
         ) from error
     finally:
         bar.close()

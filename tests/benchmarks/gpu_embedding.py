@@ -66,7 +66,7 @@ def ours(fair: esm.ESM2, device: torch.device, dtype: torch.dtype) -> Embed:
     model = our_model(fair, device, dtype)
 
     def embed(sequences: Sequence[str]) -> torch.Tensor:
-        vectors = dict(embed_all(model, sequences, "window"))
+        vectors = dict(embed_all([model], sequences, "window"))
         return torch.stack([vectors[sequence] for sequence in sequences])
 
     return embed
