@@ -234,8 +234,9 @@ def choose_features(
     section, of_features = features_section(config), option_groups.FEATURES.keys()
     if options.run.resume and earlier and not (named or of_features & options.given.keys()):
         named = run_dir / OWN_FEATURES
-    elif named and of_features & section.keys():
-        notes.line(f"features  [features] of {config} is not used: --pert-features")
+    elif named and (unused := as_words(section, option_groups.FEATURES)):
+        words = " ".join(unused)
+        notes.line(f"features  not used of [features] in {config}: {words} (--pert-features)")
     if named:  # nothing is made, but columns and control may stand there
         section = {name: section[name] for name in option_groups.COLUMNS if name in section}
     note_section(section, config, options.given, notes)
