@@ -68,6 +68,7 @@ except ModuleNotFoundError:
 from state_esm_features.embedding.features_file import read_manifest
 from state_esm_features.experiment import features_section, load_experiment, note_section
 from state_esm_features.files import Busy, run_lock, write_json
+from state_esm_features.option_rules import misused
 from state_esm_features.options import Parser, add_options, as_words, first_given, read_call, takes
 from state_esm_features.results import TrainingResult
 from state_esm_features.training import loop
@@ -242,7 +243,7 @@ def choose_features(
     note_section(section, config, options.given, notes)
     given = first_given(options.given, section)
     chosen = TrainOptions.of({**given, "pert_features": named}, options.overrides, options.command)
-    wrong = option_groups.misused(chosen.features, given)
+    wrong = misused(chosen.features, given)
     if wrong:
         raise console.UsageError(wrong)
     return chosen

@@ -20,7 +20,7 @@ from state_esm_features.option_values import (
     run_name,
     workers,
 )
-from state_esm_features.options import add_options, fields_of, make, names_of, option, switch
+from state_esm_features.options import add_options, fields_of, make, option, switch
 
 DEFAULT_CONTROL = "non-targeting"
 """Label of control cells in the Virtual Cell Challenge and in cell-load."""
@@ -408,22 +408,3 @@ def without_defaults(options: FeatureOptions) -> dict[str, Any]:
     """{option: value} of those that are not at their default."""
     groups = map(vars, vars(options).values())
     return {k: v for group in groups for k, v in group.items() if v != FEATURES[k].default}
-
-
-def misused(options: FeatureOptions, given: Mapping[str, Any]) -> str | None:
-    """What is wrong with a combination of options that means nothing, or None."""
-    if not options.symbols.separator:
-        return "--separator is empty"
-    if options.sequences.cache and options.sequences.no_cache:
-        return "--cache and --no-cache exclude each other"
-    in_tables = {"layer"} if options.sources.esm_embeddings else set()
-    of_fasta = [
-        names_of(f)[0]
-        for f in fields(SequenceOptions)
-        if given.get(f.name, False) is not False and f.name not in in_tables
-    ]
-    if options.sources.table_key is not None and not options.sources.esm_embeddings:
-        return "--table-key needs --esm-embeddings PATH"
-    if of_fasta and not options.sources.fasta:
-        return f"{of_fasta[0]} needs --fasta FILE"
-    return None

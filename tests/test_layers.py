@@ -19,7 +19,7 @@ PACKAGE = "state_esm_features"
 SCRIPTS = ("create_esm_pert_features", "train_with_esm_features")
 
 FLOORS = (
-    ("console", "files", "options", "option_values", "option_groups", "results"),
+    ("console", "files", "options", "option_values", "option_groups", "option_rules", "results"),
     (
         *("experiment", "h5ad", "embedding.gene_names", "embedding.downloads"),
         *("embedding.fasta", "embedding.plain_pickle", "embedding.table_columns"),
