@@ -24,7 +24,7 @@ FLOORS = (
         *("experiment", "h5ad", "embedding.gene_names", "embedding.downloads"),
         *("embedding.fasta", "embedding.plain_pickle", "embedding.table_columns"),
         *("embedding.table_content", "embedding.table_folders", "embedding.table_forms"),
-        "embedding.tables",
+        *("embedding.table_keys", "embedding.tables"),
     ),
     (
         *("embedding.devices", "embedding.esm2", "embedding.cache", "embedding.embed"),

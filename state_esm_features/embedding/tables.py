@@ -6,7 +6,6 @@ The forms stand in `table_forms` and `table_folders`. How a label finds its gene
 from __future__ import annotations
 
 import warnings
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from state_esm_features.console import InputError, Notes, count, some
 from state_esm_features.embedding.downloads import arc_table_path
-from state_esm_features.embedding.fasta import genes_in_header
 from state_esm_features.embedding.table_content import Asked, Content
 from state_esm_features.embedding.table_forms import read_form
+from state_esm_features.embedding.table_keys import gene_keys
 from state_esm_features.files import existing_file, sha256_of, sha256_of_files
 from state_esm_features.option_groups import SourceOptions
 
@@ -156,30 +155,6 @@ def load_table(path: Path, notes: Notes, asked: Asked | None = None) -> Table:
         part=content.part,
         second_names=frozenset(second),
     )
-
-
-def gene_keys(path: Path, content: Content) -> list[list[str]]:
-    """The genes of the vectors: of each its name, and others that it has. Each stands once.
-
-    The one place where the keys of a table become genes.
-    """
-    wrong = [name for name in content.names if not isinstance(name, str) or not name.strip()]
-    if wrong:
-        raise InputError(
-            f"{path}: {len(wrong):,} of {len(content.names):,} keys are no names of genes "
-            f"({some(map(repr, wrong))}); name each gene by a text"
-        )
-    keys = [[str(name)] for name in content.names]
-    if content.headers:
-        keys = [genes_in_header(name) or [name] for name in content.names]
-    counted = Counter(own for own, *_ in keys)
-    repeated = [gene for gene, n in counted.items() if n > 1]
-    if repeated:
-        raise InputError(
-            f"{path}: {count(len(repeated), 'gene')} more than once ({some(repeated)}); keep one "
-            "vector of each"
-        )
-    return keys
 
 
 def tensors(path: Path, content: Content) -> list[torch.Tensor]:
