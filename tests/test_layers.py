@@ -22,19 +22,15 @@ FLOORS = (
     ("console", "files", "options", "option_values", "option_groups", "option_rules", "results"),
     (
         *("experiment", "h5ad", "embedding.gene_names", "embedding.downloads"),
+        "embedding.protein_ids",
         *("embedding.fasta", "embedding.plain_pickle", "embedding.table_columns"),
         *("embedding.table_content", "embedding.table_folders", "embedding.table_forms"),
         *("embedding.table_keys", "embedding.tables"),
     ),
     (
         *("embedding.devices", "embedding.esm2", "embedding.cache", "embedding.embed"),
-        *(
-            "embedding.resolve",
-            "embedding.labels",
-            "embedding.vectors",
-            "embedding.compare",
-            "embedding.missing",
-        ),
+        *("embedding.resolve", "embedding.namers", "embedding.labels", "embedding.vectors"),
+        *("embedding.compare", "embedding.missing"),
         *("embedding.features_file", "embedding.report", "embedding.plot", "embedding.features"),
     ),
     (

@@ -129,12 +129,15 @@ def find_checkpoint(
     def check_width(width: int | None) -> None:
         if tables and width not in (None, tables[0].width):
             fitting = [m for m, w in ESM2_WIDTHS.items() if w == tables[0].width]
+            instead = ", or leave the table out"
+            if tables[0].keys.named_by:
+                instead = ", or, if --fasta is to name the keys only, take their records out of it"
             raise InputError(
                 f"{count(len(genes), 'gene')} not in {tables[0].path} ({some(genes)}) would be "
                 f"computed with {options.esm_model}, which gives {width:,} values a gene; the "
                 f"table has {tables[0].width:,}. Choose an --esm-model of that width"
                 + (f" ({fitting[0]})" if fitting else "")
-                + ", or leave the table out"
+                + instead
             )
 
     check_width(ESM2_WIDTHS.get(options.esm_model))  # before gigabytes are downloaded
