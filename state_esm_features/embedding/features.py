@@ -102,8 +102,8 @@ def open_sources(options: FeatureOptions, dry_run: bool, notes: Notes) -> list[S
     several = sum(len(table.keys.several) for table in tables)
     if several and isoforms != "mean":
         notes.warn(
-            f"--isoforms {isoforms} is for vectors that are computed: {count(several, 'gene')} of "
-            "a table with several proteins get the mean of these"
+            f"--isoforms {isoforms} is for vectors that are computed: of {count(several, 'gene')} "
+            "with several proteins in a table the mean is taken"
         )
     return [*tables, *proteins]
 

@@ -283,6 +283,13 @@ def remedies_for(missing: Sequence[Resolution], resolved: Resolved, can_report: 
     return [text for text in (blanks, relabel, form, relabel_more, choose, *names, tail) if text]
 
 
+BESIDE = {
+    ACCESSIONS: "GN= beside the accession",
+    PROTEINS: "gene: or gene_symbol: beside the id",
+}
+"""Where the headers of a FASTA file name the gene of a protein."""
+
+
 def names_for_keys(resolver: Resolver) -> list[str]:
     """Of each table with proteins of which nothing tells the gene, what could tell it."""
     texts = []
@@ -293,14 +300,13 @@ def names_for_keys(resolver: Resolver) -> list[str]:
         if not unnamed:
             continue
         kinds = list(dict.fromkeys(key_of(key).kind for key in unnamed))
-        hgnc = "HGNC's file with --hgnc (its column uniprot_ids), " * (ACCESSIONS in kinds)
         of = f"{len(unnamed):,} of {count(len(table.vectors), 'key')}"
-        says = {ACCESSIONS: "GN= beside the accession", PROTEINS: "gene: or gene_symbol: beside it"}
+        hgnc = "HGNC's file with --hgnc (its column uniprot_ids), " * (ACCESSIONS in kinds)
+        headers = " or ".join(BESIDE[kind] for kind in kinds)
         texts.append(
-            f"Nothing given tells the gene of {of} "
-            f"of {table.path} ({' and '.join(kinds)}: {some(unnamed, 3)}). Give {hgnc}the FASTA "
-            f"file of these proteins with --fasta ({' or '.join(says[kind] for kind in kinds)} in "
-            "its headers), or two columns, protein and gene, with --aliases"
+            f"Nothing given tells the gene of {of} of {table.path} ({' and '.join(kinds)}: "
+            f"{some(unnamed, 3)}). Give {hgnc}the FASTA file of these proteins with --fasta "
+            f"({headers} in its headers), or two columns, protein and gene, with --aliases"
         )
     return texts
 
