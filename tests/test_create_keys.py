@@ -185,6 +185,36 @@ def test_every_gene_is_one_that_has_a_name(create: Create) -> None:
     assert list(features()) == [*sorted(TABLE), "non-targeting"]
 
 
+def test_picture_and_nearest_genes_are_those_of_a_table_of_symbols(create: Create) -> None:
+    torch.manual_seed(0)
+    table = {f"GENE{i}": torch.randn(4) for i in range(30)}
+    Path("g.txt").write_text("\n".join(list(table)[:12]))
+    run = ("--gene-list", "g.txt", "--esm-embeddings", "t.pt", "--plot", "map.png")
+    torch.save(table, "t.pt")
+    assert create(*run, "--output", "a.pt", "--report", "r.tsv").code == 0
+    picture, report = Path("map.png").read_bytes(), pd.read_csv("r.tsv", sep="\t")
+    accessions = {gene: f"P{i:05d}" for i, gene in enumerate(table)}
+    torch.save({accessions[gene]: vector for gene, vector in table.items()}, "t.pt")
+    Path("a.tsv").write_text("".join(f"{x} {gene}\n" for gene, x in accessions.items()))
+    named = ("--aliases", "a.tsv", "--report", "again.tsv")
+    assert create(*run, *named, "--output", "b.pt").code == 0
+    assert Path("a.pt").read_bytes() == Path("b.pt").read_bytes()
+    assert Path("map.png").read_bytes() == picture
+    again = pd.read_csv("again.tsv", sep="\t")
+    assert again.drop(columns="proteins").equals(report.drop(columns="proteins"))
+    assert again["proteins"].dropna().tolist() == [1.0] * 12
+
+
+@pytest.mark.parametrize(("option", "what"), [("--aliases", "aliases"), ("--hgnc", "HGNC")])
+def test_what_would_name_the_keys_and_is_not_there_is_an_error(
+    create: Create, option: str, what: str
+) -> None:
+    done = create(*RUN, option, "absent.txt")
+    assert done == Result(
+        1, "", f"error: no such {what} file: absent.txt (looked in {Path.cwd()})\n"
+    )
+
+
 KEYS = "of 5 keys of per-protein.h5 (UniProt accessions: "
 GIVE = (
     "Give HGNC's file with --hgnc (its column uniprot_ids), the FASTA file of these proteins with "

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from state_esm_features.console import some
 from state_esm_features.embedding.fasta import Proteins
 from state_esm_features.embedding.gene_names import read_hgnc
 from state_esm_features.embedding.protein_ids import protein_id
@@ -34,22 +33,23 @@ def find_namers(options: SymbolOptions, proteins: Sequence[Proteins]) -> list[Na
     return [*namers, by_gene]
 
 
-def namers_of_aliases(options: SymbolOptions) -> tuple[Namer, Namer]:
+def namers_of_aliases(options: SymbolOptions) -> tuple[Namer, ...]:
     """(those of lines PROTEIN GENE, those of lines GENE PROTEIN)."""
+    listed = read_pairs(options.aliases)
     typed = [f"{old}={new}" for old, new in options.alias if protein_id(old) or protein_id(new)]
     origin: dict[str, object] = {"kind": ALIASES}
+    said = []
     if options.aliases:
         origin |= {"path": str(options.aliases), "sha256": sha256_of(options.aliases)}
+        said.append(str(options.aliases))
     if typed:
         origin["pairs"] = typed
+        said.append("--alias")
     by_protein: dict[str, list[list[str]]] = {}
     by_gene: dict[str, list[list[str]]] = {}
-    for old, new in dict.fromkeys([*options.alias, *read_pairs(options.aliases)]):
+    for old, new in dict.fromkeys([*options.alias, *listed]):
         if protein := protein_id(old):
             by_protein.setdefault(protein, []).append([new])
         if protein := protein_id(new):
             by_gene.setdefault(protein, []).append([old])
-    said = some(
-        [*([str(options.aliases)] if options.aliases else []), *(["--alias"] if typed else [])]
-    )
-    return Namer(said, origin, by_protein), Namer(said, origin, by_gene)
+    return tuple(Namer(" and ".join(said), origin, genes) for genes in (by_protein, by_gene))
