@@ -63,6 +63,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("p.fasta").write_text(FASTA)
     Path("hgnc.txt").write_text(HGNC)
     Path("aliases.tsv").write_text("P42224\tSTAT1\nP04637\tTP53\nP62805\tH4C1\n")
+    Path("labels.tsv").write_text("STAT1 P42224\nSTAT1 P42224-2\nTP53 P04637\nH4C1 P62805\n")
     Path("g.txt").write_text("STAT1\nTP53\nH4C1\n")
 
 
@@ -123,6 +124,7 @@ def test_a_fasta_file_beside_a_table_names_its_genes_and_nothing_is_computed(
         (BY_FASTA, "fasta"),
         (BY_HGNC, "hgnc"),
         (("--aliases", "aliases.tsv"), "aliases"),
+        (("--aliases", "labels.tsv"), "aliases"),
         (
             ("--alias", "P42224=STAT1", "--alias", "P04637=TP53", "--alias", "P62805=H4C1"),
             "aliases",
@@ -271,8 +273,8 @@ def test_proteins_of_ensembl_are_named_by_a_fasta_file(create: Create) -> None:
 
 
 def test_a_table_of_symbols_is_told_nothing_of_accessions(create: Create) -> None:
-    """Though three of these symbols have the form of an accession."""
-    keys = ("B3GNT2", "H2AC11", "P2RY12", *(f"GENE{i}" for i in range(30)))
+    """Though three of these symbols, and a name unknown, have the form of an accession."""
+    keys = ("B3GNT2", "H2AC11", "P2RY12", "Q9Z0Z9", *(f"GENE{i}" for i in range(40)))
     of_torch(Path("t.pt"), dict.fromkeys(keys, TABLE["P42224"]))
     Path("g.txt").write_text("B3GNT2\nXYZQ\n")
     run = ("--gene-list", "g.txt", "--esm-embeddings", "t.pt", "--output", "o.pt", "--quiet")

@@ -243,6 +243,13 @@ def test_the_first_that_knows_a_protein_names_its_gene_the_others_give_further_n
     assert said == ["t: 2 of 2 keys (UniProt accessions) have their gene from hgnc and p.fasta"]
 
 
+def test_a_further_name_that_is_now_the_symbol_of_another_gene_is_that_gene() -> None:
+    """The FASTA file is older than HGNC's: QARS was a symbol of EPRS1."""
+    by = namers(fasta="P42224 GN=CDKN2A", hgnc=HGNC)
+    table, _ = load({"P42224": A, "P42771": B}, by)
+    assert table["CDKN2A"].tolist() == B.tolist() and table["STAT1"].tolist() == A.tolist()
+
+
 @pytest.mark.parametrize(
     ("aliases", "typed"),
     [
