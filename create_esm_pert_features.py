@@ -95,8 +95,8 @@ from state_esm_features.option_groups import (
     OutputOptions,
     add_feature_options,
     feature_options,
-    misused,
 )
+from state_esm_features.option_rules import misused
 from state_esm_features.options import Parser, add_options, first_given, make, read_call, takes
 from state_esm_features.results import FeaturesResult
 from state_esm_features.training.new_labels import add_to_run, resolve_for_run

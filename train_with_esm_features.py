@@ -68,6 +68,7 @@ except ModuleNotFoundError:
 from state_esm_features.embedding.features_file import read_manifest
 from state_esm_features.experiment import features_section, load_experiment, note_section
 from state_esm_features.files import Busy, run_lock, write_json
+from state_esm_features.option_rules import misused
 from state_esm_features.options import Parser, add_options, as_words, first_given, read_call, takes
 from state_esm_features.results import TrainingResult
 from state_esm_features.training import loop
@@ -234,14 +235,15 @@ def choose_features(
     section, of_features = features_section(config), option_groups.FEATURES.keys()
     if options.run.resume and earlier and not (named or of_features & options.given.keys()):
         named = run_dir / OWN_FEATURES
-    elif named and of_features & section.keys():
-        notes.line(f"features  [features] of {config} is not used: --pert-features")
+    elif named and (unused := as_words(section, option_groups.FEATURES)):
+        words = " ".join(unused)
+        notes.line(f"features  not used of [features] in {config}: {words} (--pert-features)")
     if named:  # nothing is made, but columns and control may stand there
         section = {name: section[name] for name in option_groups.COLUMNS if name in section}
     note_section(section, config, options.given, notes)
     given = first_given(options.given, section)
     chosen = TrainOptions.of({**given, "pert_features": named}, options.overrides, options.command)
-    wrong = option_groups.misused(chosen.features, given)
+    wrong = misused(chosen.features, given)
     if wrong:
         raise console.UsageError(wrong)
     return chosen

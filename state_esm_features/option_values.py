@@ -50,3 +50,10 @@ def workers(text: str) -> int | str:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"expected auto or a number, got {text!r}")
     return int(text)
+
+
+def device_name(text: str) -> str:
+    """'auto', 'cpu', 'mps', 'cuda' (every GPU that is visible) or 'cuda:N' (one of them)."""
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"expected auto, cpu, cuda, cuda:N or mps, got {text!r}")
+    return text

@@ -573,6 +573,7 @@ def test_the_manifest_says_where_every_vector_comes_from(project: Path, create: 
                 "path": "table.pt",
                 "sha256": sha256["table.pt"],
                 "genes": 50,
+                "keys": "symbols",
             }
         ],
         "symbols": [],

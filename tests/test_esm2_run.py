@@ -395,14 +395,23 @@ def test_options_of_sequences_need_sequences(create: Create, option: tuple[str, 
     )
 
 
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
 def test_a_device_that_is_not_there(
-    tmp_path: Path, create: Create, model: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, create: Create, model: Any, monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    done = create(*ALL[:-1], "cuda", *OUT, "--cache", "cache")
+    done = create(*ALL[:-1], device, *OUT, "--cache", "cache")
     assert (done.code, done.out) == (1, "")
-    assert done.err == "error: --device cuda: torch sees none here; use --device auto or cpu\n"
+    assert done.err == f"error: --device {device}: torch sees none here; use --device auto or cpu\n"
     assert not (tmp_path / "o.pt").exists()
+
+
+def test_a_device_that_is_none(create: Create) -> None:
+    done = create(*ALL[:-1], "gpu", *OUT)
+    assert (done.code, done.out) == (2, "")
+    assert done.err.endswith(
+        "error: argument --device: expected auto, cpu, cuda, cuda:N or mps, got 'gpu'\n"
+    )
 
 
 HIDDEN = (

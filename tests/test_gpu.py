@@ -85,7 +85,7 @@ def opened(path: Path, device: torch.device, dtype: torch.dtype = torch.float32)
 def embedded(model: Esm2) -> torch.Tensor:
     """Vectors of proteins of LENGTHS, (proteins, width)."""
     sequences = [protein(length) for length in LENGTHS]
-    found = dict(embed_all(model, sequences, "window"))
+    found = dict(embed_all([model], sequences, "window"))
     return torch.stack([found[sequence] for sequence in sequences])
 
 

@@ -19,19 +19,18 @@ PACKAGE = "state_esm_features"
 SCRIPTS = ("create_esm_pert_features", "train_with_esm_features")
 
 FLOORS = (
-    ("console", "files", "options", "option_values", "option_groups", "results"),
+    ("console", "files", "options", "option_values", "option_groups", "option_rules", "results"),
     (
         *("experiment", "h5ad", "embedding.gene_names", "embedding.downloads"),
-        *("embedding.excel_dates", "embedding.fasta", "embedding.plain_pickle"),
-        *("embedding.table_columns", "embedding.table_content", "embedding.table_folders"),
-        "embedding.table_forms",
-        "embedding.tables",
-        "embedding.table_agreement",
+        *("embedding.protein_ids", "embedding.excel_dates", "embedding.fasta"),
+        *("embedding.plain_pickle", "embedding.table_columns", "embedding.table_content"),
+        *("embedding.table_folders", "embedding.table_forms", "embedding.table_keys"),
+        *("embedding.tables", "embedding.table_agreement"),
     ),
     (
-        *("embedding.esm2", "embedding.cache", "embedding.embed", "embedding.resolve"),
-        *("embedding.labels", "embedding.vectors", "embedding.compare"),
-        *("embedding.date_remedies", "embedding.missing"),
+        *("embedding.devices", "embedding.esm2", "embedding.cache", "embedding.embed"),
+        *("embedding.resolve", "embedding.namers", "embedding.labels", "embedding.vectors"),
+        *("embedding.compare", "embedding.date_remedies", "embedding.missing"),
         *("embedding.features_file", "embedding.report", "embedding.plot", "embedding.features"),
     ),
     (

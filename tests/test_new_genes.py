@@ -29,6 +29,7 @@ import create_esm_pert_features as script
 import train_with_esm_features
 from state_esm_features.console import Notes
 from state_esm_features.embedding.features_file import read_manifest
+from state_esm_features.embedding.gene_names import HGNC_COLUMNS, UNIPROT_COLUMN
 from state_esm_features.embedding.table_content import Asked
 from state_esm_features.embedding.tables import load_table
 from state_esm_features.files import run_lock, sha256_of
@@ -935,6 +936,64 @@ def test_a_folder_is_asked_for_again_by_its_contents_and_its_layer(
     assert add("--adata", "wanted.h5ad").code == 0
     assert torch.equal(load(run / "pert_onehot_map.pt")[NEW], table()[NEW])
     assert json.loads(manifest_path.read_text())["sources"] == [source]
+
+
+def made_of_proteins(run: Path, folder: Path, *options: str) -> None:
+    """Say that a run's features were made of a table that is keyed by accessions, and of `options`
+    that name their genes, all in `folder`."""
+    accessions = {gene: f"P{i:05d}" for i, gene in enumerate(table())}
+    proteins = {accessions[gene]: vector for gene, vector in table().items()}
+    pairs = [f"{accession}\t{gene}\n" for gene, accession in accessions.items()]
+    torch.save(proteins, folder / "proteins.pt")
+    (folder / "aliases.tsv").write_text("".join(pairs))
+    (folder / "p.fasta").write_text(
+        "".join(f">sp|{x}|X_HUMAN GN={gene} PE=1\nMKT\n" for gene, x in accessions.items())
+    )
+    columns = [*HGNC_COLUMNS, UNIPROT_COLUMN]
+    rows = (["HGNC:1", gene, *[""] * 5, x] for gene, x in accessions.items())
+    (folder / "hgnc.txt").write_text("".join("\t".join(row) + "\n" for row in (columns, *rows)))
+    made = folder / "made.pt"
+    words = ["--from-toml", "config.toml", "--esm-embeddings", str(folder / "proteins.pt")]
+    named = [str(folder / word) if "." in word else word for word in options]
+    if options == ("--alias",):
+        named = [word for gene, x in accessions.items() for word in ("--alias", f"{x}={gene}")]
+    assert script.main([*words, *named, "--output", str(made), "--quiet"]) == 0
+    assert made.read_bytes() == (run / "pert_features.pt").read_bytes()
+    shutil.copy(f"{made}.json", run / "pert_features.pt.json")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--fasta", "p.fasta"), ("--hgnc", "hgnc.txt"), ("--aliases", "aliases.tsv"), ("--alias",)],
+)
+def test_what_named_the_keys_of_a_table_is_remembered(
+    add: Any, run: Path, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    made_of_proteins(run, tmp_path, *options)
+    sources = read_manifest(run / "pert_features.pt")["sources"]  # type: ignore[index]
+    assert sources[0]["keys"] == "UniProt accessions"
+    done = add("--adata", "wanted.h5ad")
+    assert done.code == 0 and "warning" not in done.err, done.err
+    assert torch.equal(load(run / "pert_onehot_map.pt")[NEW], table()[NEW])
+    manifest = read_manifest(run / "pert_features.pt")
+    assert manifest is not None and manifest["sources"] == sources
+    assert manifest["labels"][NEW]["gene"] == NEW
+
+
+@pytest.mark.parametrize("option", ["--hgnc", "--aliases", "--fasta"])
+def test_what_named_the_keys_of_a_table_is_named_if_it_is_gone(
+    add: Any, run: Path, tmp_path: Path, option: str
+) -> None:
+    name = {"--hgnc": "hgnc.txt", "--aliases": "aliases.tsv", "--fasta": "p.fasta"}[option]
+    made_of_proteins(run, tmp_path, option, name)
+    (tmp_path / name).rename(tmp_path / "moved")
+    refused(
+        add("--adata", "wanted.h5ad"),
+        f"the features of {run} were made of {tmp_path / name}, which is not there (looked in "
+        f"{Path.cwd()}); say where it is with {option} FILE",
+    )
+    assert add("--adata", "wanted.h5ad", option, tmp_path / "moved").code == 0
+    assert torch.equal(load(run / "pert_onehot_map.pt")[NEW], table()[NEW])
 
 
 @pytest.mark.parametrize(

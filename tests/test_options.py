@@ -28,9 +28,9 @@ from state_esm_features.option_groups import (
     TrainingOptions,
     WandbOptions,
     feature_options,
-    misused,
     without_defaults,
 )
+from state_esm_features.option_rules import misused
 from state_esm_features.options import (
     add_options,
     as_words,

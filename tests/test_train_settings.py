@@ -247,8 +247,17 @@ MODELS = (
             for text in ("nonsense", "a b=c", "x={", "training.lr=[1", "")
         ),
         (
-            ("training.lrr=1",),
-            "the stock configuration of state says: Key 'lrr' is not in struct",
+            ("training.max_step=1",),
+            "the stock configuration of state says: no setting 'training.max_step' (did you mean "
+            "max_steps?)",
+        ),
+        (
+            ("training.weight_decay=0.1", "lr=1"),
+            "the stock configuration of state says: no setting 'lr' (did you mean training.lr?)",
+        ),
+        (
+            ("cake.flour=1",),
+            "the stock configuration of state says: no setting 'cake.flour'",
         ),
         (
             ("training.lr=1,2",),

@@ -1,20 +1,27 @@
-"""From sequences to vectors: windows, pooling, device, precision, all cores.
+"""From sequences to vectors: windows, pooling, precision, all cores and GPUs.
 
-The encoder itself stands in `esm2`.
+The encoder itself stands in `esm2`, which devices there are in `devices`.
 """
 
 from __future__ import annotations
 
+import queue
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from typing import TYPE_CHECKING
 
-from state_esm_features.console import Bar, InputError, announce, count, out_of_memory, some, warn
+from state_esm_features.console import Bar, InputError, announce, count, some, warn
 from state_esm_features.embedding.cache import Cache, open_cache
+from state_esm_features.embedding.devices import OutOfMemory, choose_devices, memory_of, slow_in
 from state_esm_features.embedding.downloads import weights_path
-from state_esm_features.embedding.esm2 import ENCODER, Checkpoint, Esm2, open_checkpoint
+from state_esm_features.embedding.esm2 import (
+    ENCODER,
+    Checkpoint,
+    Esm2,
+    attention_without_plans,
+    open_checkpoint,
+)
 from state_esm_features.embedding.fasta import Proteins, Recipe, windows
 from state_esm_features.embedding.tables import Table
 from state_esm_features.option_groups import ESM2_WIDTHS, WINDOW, SequenceOptions
@@ -51,42 +58,6 @@ def embed(model: Esm2, sequence: str, long: str, stop: threading.Event) -> torch
     return vector
 
 
-def choose_device(name: str) -> torch.device:
-    """--device; `auto` takes a GPU that is there."""
-    import torch
-
-    gpus = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    there = [gpu for gpu, is_there in gpus.items() if is_there] + ["cpu"]
-    if name not in ("auto", *there):
-        raise InputError(f"--device {name}: torch sees none here; use --device auto or cpu")
-    return torch.device(there[0] if name == "auto" else name)
-
-
-def slow_in(dtype: torch.dtype) -> bool:
-    """Whether this CPU multiplies matrices far more slowly in half precision than in float32.
-
-    Measured, on one thread, each at its best of several: what instructions a CPU has does not say
-    what this build of torch makes of them. Without such instructions half precision took 4 to 50
-    times as long as float32, with them 0.2 to 0.8 times.
-    """
-    import torch
-
-    def seconds(kind: torch.dtype) -> float:
-        x, weight = torch.ones(256, 512, dtype=kind), torch.ones(512, 512, dtype=kind)
-        start = time.perf_counter()
-        torch.nn.functional.linear(x, weight)
-        return time.perf_counter() - start
-
-    cores = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        # in turn, so that whatever else this machine does slows down both
-        pairs = [(seconds(dtype), seconds(torch.float32)) for _ in range(6)]
-    finally:
-        torch.set_num_threads(cores)
-    return min(half for half, _ in pairs) > 2 * min(single for _, single in pairs)
-
-
 def choose_recipe(checkpoint: Checkpoint, options: SequenceOptions) -> Recipe:
     """What the command line and the device make of a model.
 
@@ -95,7 +66,7 @@ def choose_recipe(checkpoint: Checkpoint, options: SequenceOptions) -> Recipe:
     import torch
 
     layer = checkpoint.layers if options.layer is None else options.layer
-    precision, device = options.precision, choose_device(options.device)
+    precision, [device, *_] = options.precision, choose_devices(options.device)[0]
     if precision == "auto":
         on_gpu = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
         precision = "bfloat16" if on_gpu else "float32"
@@ -103,26 +74,46 @@ def choose_recipe(checkpoint: Checkpoint, options: SequenceOptions) -> Recipe:
 
 
 def embed_all(
-    model: Esm2, sequences: Sequence[str], long: str
+    models: Sequence[Esm2], sequences: Sequence[str], long: str
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """(sequence, vector) of each as it is finished, the longest begun first.
 
-    On a CPU every core has a protein of its own: small matrices do not keep many cores busy.
+    On a CPU every core has a protein of its own: small matrices do not keep many cores busy. A GPU
+    has one at a time, on its own copy of the model.
+
+    Raises
+    ------
+    OutOfMemory
+        Names the device.
     """
     import torch
 
-    stop = threading.Event()
     cores, matmul = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    seats = [m for m in models for _ in range(cores if m.device.type == "cpu" else 1)]
+    seats = seats[: len(sequences)]
+    free: queue.SimpleQueue[Esm2] = queue.SimpleQueue()
+    for model in seats:
+        free.put(model)
+    stop = threading.Event()
+
+    def job(sequence: str) -> torch.Tensor:
+        model = free.get()
+        try:
+            with memory_of(model.device):
+                return embed(model, sequence, long, stop)
+        finally:
+            free.put(model)
+
     # State's training leaves "medium" for its process (a notebook): float32 may then be less
     torch.set_float32_matmul_precision("highest")
-    workers = min(cores, len(sequences)) if model.device.type == "cpu" else 1
     # one thread each, always: the last bit of a vector may differ with the number of threads
-    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    pool = ThreadPoolExecutor(len(seats), initializer=torch.set_num_threads, initargs=(1,))
     try:
-        longest_first = sorted(sequences, key=len, reverse=True)
-        jobs = {pool.submit(embed, model, s, long, stop): s for s in longest_first}
-        for job in as_completed(jobs):
-            yield jobs[job], job.result()
+        with attention_without_plans({m.device.type for m in models}):
+            longest_first = sorted(sequences, key=len, reverse=True)
+            jobs = {pool.submit(job, s): s for s in longest_first}
+            for done in as_completed(jobs):
+                yield jobs[done], done.result()
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)
@@ -138,12 +129,15 @@ def find_checkpoint(
     def check_width(width: int | None) -> None:
         if tables and width not in (None, tables[0].width):
             fitting = [m for m, w in ESM2_WIDTHS.items() if w == tables[0].width]
+            instead = ", or leave the table out"
+            if tables[0].keys.named_by:
+                instead = ", or, if --fasta is to name the keys only, take their records out of it"
             raise InputError(
                 f"{count(len(genes), 'gene')} not in {tables[0].path} ({some(genes)}) would be "
                 f"computed with {options.esm_model}, which gives {width:,} values a gene; the "
                 f"table has {tables[0].width:,}. Choose an --esm-model of that width"
                 + (f" ({fitting[0]})" if fitting else "")
-                + ", or leave the table out"
+                + instead
             )
 
     check_width(ESM2_WIDTHS.get(options.esm_model))  # before gigabytes are downloaded
@@ -190,14 +184,17 @@ def embed_genes(
     cache = open_cache(options)
     vectors = cache.read({s: recipe.key(s) for s in sequences})
     missing = [s for s in sequences if s not in vectors]
-    device = choose_device(options.device)
+    devices, said = choose_devices(options.device)
+    devices = devices[: len(missing) or 1]
+    if missing and said:
+        warn(said)
     announce(
         f"{count(len(sequences), 'protein')} of {count(len(genes), 'gene')}: {len(vectors):,} in "
-        f"the cache, {len(missing):,} to compute with {options.esm_model} on {device.type} in "
-        f"{recipe.precision}"
+        f"the cache, {len(missing):,} to compute with {options.esm_model} on "
+        f"{some(map(str, devices), len(devices))} in {recipe.precision}"
     )
     if missing:
-        vectors |= compute(missing, checkpoint, recipe, options, cache, for_run)
+        vectors |= compute(missing, checkpoint, recipe, options, devices, cache, for_run)
     return {
         gene: torch.stack([vectors[p.sequence] for p in proteins[gene]]).double().mean(0).float()
         for gene in genes
@@ -209,34 +206,37 @@ def compute(
     checkpoint: Checkpoint,
     recipe: Recipe,
     options: SequenceOptions,
+    devices: Sequence[torch.device],
     cache: Cache,
     for_run: bool,
 ) -> dict[str, torch.Tensor]:
     """{sequence: vector, float32 (width,)}, each kept in the cache as soon as it is there."""
     import torch
 
-    device, dtype = choose_device(options.device), getattr(torch, recipe.precision)
-    if device.type == "cpu" and dtype != torch.float32 and slow_in(dtype):
+    dtype = getattr(torch, recipe.precision)
+    if devices[0].type == "cpu" and dtype != torch.float32 and slow_in(dtype):
         choice = "" if for_run else "--precision "
         warn(f"{recipe.precision} is slow on this CPU, {choice}float32 is faster")
     vectors: dict[str, torch.Tensor] = {}
     bar = Bar(sum(map(len, sequences)), "residues", "residue")
     try:
-        model = Esm2(checkpoint, recipe.layer, device, dtype)
-        for sequence, vector in embed_all(model, sequences, options.long):
+        models = []
+        for device in devices:
+            with memory_of(device):
+                models.append(Esm2(checkpoint, recipe.layer, device, dtype))
+        for sequence, vector in embed_all(models, sequences, options.long):
             vectors[sequence] = vector
             cache.put(recipe.key(sequence), vector)
             bar.add(len(sequence), f"{len(vectors):,} of {len(sequences):,} proteins")
-    except RuntimeError as error:
-        if not out_of_memory(error):
-            raise
+    except OutOfMemory as error:
         other = "--device cpu"
         if not for_run:
             other = f"--precision bfloat16, {other} or a smaller --esm-model"
+        leave_out = ", leave it out (CUDA_VISIBLE_DEVICES)" if len(devices) > 1 else ""
         raise InputError(
-            f"out of memory on {device.type}, where {options.esm_model} in {recipe.precision} and "
+            f"out of memory on {error}, where {options.esm_model} in {recipe.precision} and "
             f"one window of {WINDOW:,} residues must fit; what is finished is kept. Free memory "
-            f"there, or choose {other}"
+            f"there{leave_out}, or choose {other}"
         ) from error
     finally:
         bar.close()

@@ -9,7 +9,7 @@ import argparse
 import contextlib
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -199,17 +199,18 @@ class Esm2:
         letters = map(self.alphabet.get_idx, sequence)
         tokens = torch.tensor([[self.alphabet.cls_idx, *letters, self.alphabet.eos_idx]])
         half = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-        with half, attention_without_plans(self.device):
+        with half:
             states = self.model(tokens.to(self.device)).last_hidden_state
         return states[0, 1:-1]
 
 
-def attention_without_plans(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Attention in half precision on a GPU without cuDNN, which plans anew for every length.
+def attention_without_plans(kinds: Collection[str]) -> contextlib.AbstractContextManager[Any]:
+    """Attention on GPUs without cuDNN, which in half precision plans anew for every length.
 
-    On an H200 (torch 2.11) that took 50 ms a protein, of 55 ms for the 8M model.
+    On an H200 (torch 2.11) that took 50 ms a protein, of 55 ms for the 8M model. It holds for all
+    threads of the process, so it is entered once, around them.
     """
-    if device.type != "cuda":
+    if "cuda" not in kinds:
         return contextlib.nullcontext()
     from torch.nn.attention import SDPBackend, sdpa_kernel
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from state_esm_features.console import InputError, Notes, count, first_line, some
 from state_esm_features.embedding.gene_names import without_version
+from state_esm_features.embedding.protein_ids import ids_in_header
 from state_esm_features.files import begins_with, existing_file, sha256_of
 from state_esm_features.option_groups import STRIDE, WINDOW, SequenceOptions
 
@@ -63,6 +64,9 @@ class Proteins:
         {reason: identifiers of the records}.
     refused
         {gene: why a record of it was left out}.
+    named
+        {accession or Ensembl id of a protein: its genes, each by all of its names}, also of records
+        that were left out.
     options
         The model, and how it is used.
     recipe, width
@@ -77,6 +81,7 @@ class Proteins:
     symbols: dict[str, None] = field(default_factory=dict)
     left_out: dict[str, list[str]] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
+    named: dict[str, list[list[str]]] = field(default_factory=dict)
 
     def __contains__(self, gene: str) -> bool:
         return gene in self.genes
@@ -107,6 +112,10 @@ class Proteins:
         sequence = re.sub(r"\s", "", raw).removesuffix("*")
         if sequence.isascii():  # capitals of other letters can be residues
             sequence = sequence.upper()
+        if names not in ([], [header]):  # else it names itself
+            for protein in ids_in_header(header):
+                genes = self.named.setdefault(protein, [])
+                genes += [names] if names not in genes else []
         reason = unusable(sequence) if names else "no gene in the header"
         if reason is None:
             self.symbols.setdefault(names[0])

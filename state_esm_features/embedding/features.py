@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from state_esm_features.console import InputError, Notes, count, some
+from state_esm_features.console import InputError, Notes, count, some, with_remedies
 from state_esm_features.embedding.embed import find_checkpoint
 from state_esm_features.embedding.fasta import load_proteins
 from state_esm_features.embedding.labels import Labels
-from state_esm_features.embedding.missing import check_missing, say_left_out
+from state_esm_features.embedding.missing import check_missing, names_for_keys, say_left_out
+from state_esm_features.embedding.namers import find_namers
 from state_esm_features.embedding.report import write_report
 from state_esm_features.embedding.resolve import Resolution, Resolver, Source, resolve
 from state_esm_features.embedding.table_agreement import compare_tables
@@ -68,11 +70,7 @@ def resolve_labels(
         write_report(report, resolved)
     check_missing(resolved, can_report)
     warn_of_left_out(left_out, labels, notes)
-    if not any(resolved.used) and not labels.for_run:
-        raise InputError(
-            f"none of the {count(len(names) - 1, 'label')} is in a source: other species or "
-            f"naming? labels: {some(names)}; {sources[0].path}: {some(sources[0].symbols)}"
-        )
+    require_some(resolved)
     if not resolved.to_embed:
         return resolved
     tables, sequences = resolved.tables, options.sequences
@@ -80,13 +78,36 @@ def resolve_labels(
     return replace(resolved, checkpoint=checkpoint)
 
 
+def require_some(resolved: Resolved) -> None:
+    """Refuse labels of which none has a vector, whatever --missing says."""
+    if any(resolved.used) or resolved.labels.for_run:
+        return
+    names = [r.label for r in [*resolved.resolutions, *resolved.left_out]]
+    source = resolved.resolver.sources[0]
+    problem = (
+        f"none of the {count(len(names) - 1, 'label')} is in a source: other species or naming? "
+        f"labels: {some(names)}; {source.path}: {some(source.symbols)}"
+    )
+    raise InputError(with_remedies(problem, names_for_keys(resolved.resolver)))
+
+
 def open_sources(options: FeatureOptions, dry_run: bool, notes: Notes) -> list[Source]:
-    """Tables, then proteins, in the order in which they are asked."""
-    tables = open_tables(options.sources, options.sequences.layer, dry_run, notes)
-    sources: list[Source] = [*compare_tables(tables, notes)]
-    if options.sources.fasta:
-        sources.append(load_proteins(options.sources.fasta, options.sequences, notes))
-    return sources
+    """Tables, then proteins, in the order in which they are asked.
+
+    Proteins are read first, as they name the keys of tables.
+    """
+    fasta, isoforms = options.sources.fasta, options.sequences.isoforms
+    proteins = [load_proteins(fasta, options.sequences, notes)] if fasta else []
+    namers = partial(find_namers, options.symbols, proteins)
+    tables = open_tables(options.sources, options.sequences.layer, dry_run, notes, namers)
+    tables = compare_tables(tables, notes)
+    several = sum(len(table.keys.several) for table in tables)
+    if several and isoforms != "mean":
+        notes.warn(
+            f"--isoforms {isoforms} is for vectors that are computed: of {count(several, 'gene')} "
+            "with several proteins in a table the mean is taken"
+        )
+    return [*tables, *proteins]
 
 
 def warn_of_left_out(left_out: Sequence[Resolution], labels: Labels, notes: Notes) -> None:

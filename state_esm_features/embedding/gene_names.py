@@ -6,7 +6,7 @@ Sources of vectors are not known here.
 from __future__ import annotations
 
 import re
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 from state_esm_features.console import InputError, first_line
@@ -38,12 +38,15 @@ class Names:
         The resource, as in the manifest.
     no_protein
         {gene: kind of gene, e.g. 'non-coding RNA'} for genes without a protein, if known.
+    accessions
+        {UniProt accession: symbols of the genes that have this protein}, if known.
     """
 
     def __init__(self, origin: dict[str, str]) -> None:
         self.origin = origin
         self._symbol: dict[str, str] = {}
         self.no_protein: dict[str, str] = {}
+        self.accessions: dict[str, list[str]] = {}
         self._genes: dict[str, dict[str, str]] = {}
 
     def add(self, gene: str, name: str, how: str) -> None:
@@ -74,6 +77,9 @@ HGNC_COLUMNS = (
     *("hgnc_id", "symbol", "locus_group", "alias_symbol", "prev_symbol"),
     *("ensembl_gene_id", "entrez_id"),
 )
+
+UNIPROT_COLUMN = "uniprot_ids"
+"""May be absent: nothing but the keys of tables asks for it."""
 
 
 def without_version(name: str) -> str:
@@ -134,20 +140,30 @@ def read_hgnc(path: Path) -> Names:
     InputError
         Another file.
     """
-    import pandas as pd
-
     existing_file(path, "HGNC file")
     try:
-        table = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False)
+        return _names_of_hgnc(path, sha256_of(path))
     except (ValueError, OSError) as error:  # pandas' errors are ValueErrors
         raise InputError(f"HGNC file {path} cannot be read: {first_line(error)}") from error
+
+
+@lru_cache(1)
+def _names_of_hgnc(path: Path, sha256: str) -> Names:
+    """Read once for the keys of tables and for labels, as long as the file is the same."""
+    import pandas as pd
+
+    table = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False)
     absent = [c for c in HGNC_COLUMNS if c not in table]
     if absent:
         raise InputError(
             f"{path} is not HGNC's hgnc_complete_set.txt: no column {', '.join(absent)}; it is at "
             "www.genenames.org under Downloads"
         )
-    names = Names({"kind": "hgnc", "path": str(path), "sha256": sha256_of(path)})
+    names = Names({"kind": "hgnc", "path": str(path), "sha256": sha256})
+    if UNIPROT_COLUMN in table:
+        for symbol, accessions in zip(table["symbol"], table[UNIPROT_COLUMN], strict=True):
+            for accession in filter(None, map(str.strip, accessions.split("|"))):
+                names.accessions.setdefault(accession, []).append(symbol)
     rows = table[[*HGNC_COLUMNS]].itertuples(index=False)
     for gene, symbol, group, alias, previous, ensembl, ncbi in rows:
         names.add(gene, symbol, APPROVED)

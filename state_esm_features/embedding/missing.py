@@ -31,6 +31,8 @@ from state_esm_features.embedding.resolve import (
     Resolver,
     letters,
 )
+from state_esm_features.embedding.table_keys import ACCESSIONS, OF_GENES, PROTEINS, key_of
+from state_esm_features.embedding.tables import Table
 from state_esm_features.embedding.vectors import Resolved
 
 LABEL_FORMS = (
@@ -287,15 +289,43 @@ def remedies_for(missing: Sequence[Resolution], resolved: Resolved, can_report: 
     if unclear:
         choose = f"{some(unclear, 3)}. " if len(missing) > 1 else ""
         choose += f"Choose: {'; '.join(list(unclear.values())[:3])}"
-    tail = ""
+    tail, names = "", [] if not left else names_for_keys(resolver)
     if left:
         which = "" if len(left) == len(missing) else f"For {some(r.label for r in left)}: "
         tail = f"{which}{advice_for_missing(labels.for_run, can_report)}"
     only = len(missing) == 1
     spoilt = dates_advice(dates, labels, said=only)
     again = lost_rows_advice(lost, resolver, said=only)
-    texts = (blanks, relabel, spoilt, again, form, relabel_more, choose, tail)
+    texts = (blanks, relabel, spoilt, again, form, relabel_more, choose, *names, tail)
     return [text for text in texts if text]
+
+
+BESIDE = {
+    ACCESSIONS: "GN= beside the accession",
+    PROTEINS: "gene: or gene_symbol: beside the id",
+}
+"""Where the headers of a FASTA file name the gene of a protein."""
+
+
+def names_for_keys(resolver: Resolver) -> list[str]:
+    """Of each table with proteins of which nothing tells the gene, what could tell it."""
+    texts = []
+    for table in resolver.sources:
+        if not isinstance(table, Table) or table.keys.kind in OF_GENES:
+            continue
+        unnamed = [key for key in table.keys.unnamed if not resolver.meanings(key)[1]]
+        if not unnamed:
+            continue
+        kinds = list(dict.fromkeys(key_of(key).kind for key in unnamed))
+        of = f"{len(unnamed):,} of {count(len(table.vectors), 'key')}"
+        hgnc = "HGNC's file with --hgnc (its column uniprot_ids), " * (ACCESSIONS in kinds)
+        headers = " or ".join(BESIDE[kind] for kind in kinds)
+        texts.append(
+            f"Nothing given tells the gene of {of} of {table.path} ({' and '.join(kinds)}: "
+            f"{some(unnamed, 3)}). Give {hgnc}the FASTA file of these proteins with --fasta "
+            f"({headers} in its headers), or two columns, protein and gene, with --aliases"
+        )
+    return texts
 
 
 def advice_for_missing(for_run: bool, can_report: bool) -> str:

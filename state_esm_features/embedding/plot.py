@@ -72,7 +72,7 @@ def draw(path: Path, compared: Compared) -> None:
     chosen = evenly(genes, MOST)
     shown = list(dict.fromkeys([*(g for g in WELL_KNOWN if g in vectors), *chosen]))
     tables = [table for table in resolved.tables if table.width == len(vectors[genes[0]])]
-    others = list(dict.fromkeys(g for t in tables for g in t if g not in vectors))
+    others = list(dict.fromkeys(g for t in tables for g in t.symbols if g not in vectors))
     filled = [compared.features[r.label] for r in resolved.resolutions if r.reason]
     groups = {
         OTHERS: vectors_around(tables, evenly(others, MOST_AROUND)),

@@ -26,15 +26,18 @@ REPORT_COLUMNS = (
 def write_report(path: Path, resolved: Resolved, compared: Compared | None = None) -> None:
     """One line a label, tab-separated: how it was resolved, to what, from where.
 
-    Proteins and residues (of each) are known of sequences; the nearest other label, its cosine, and
-    what is taken off the vectors before, once there are vectors.
+    Proteins are those whose mean a vector is; residues (of each) are known of sequences; the
+    nearest other label, its cosine, and what is taken off the vectors before, once there are
+    vectors.
     """
     sources, missing = resolved.resolver.sources, resolved.options.policy.missing
     near = compared.nearest(list(compared.own), 1) if compared and len(compared.own) > 1 else {}
     lines = ["\t".join(REPORT_COLUMNS)]
     for r in [*resolved.resolutions, *resolved.left_out]:
         used = [(p.gene, sources[p.source]) for p in r.parts if p.gene and p.source is not None]
-        proteins = [p for gene, source in used for p in source.origin(gene).get("proteins", [])]
+        origins = [source.origin(gene) for gene, source in used]
+        proteins = [p for origin in origins for p in origin.get("proteins", [])]
+        keys = [key for origin in origins for key in origin.get("keys", [])]
         how = how_resolved(r, missing)
         if r.reason and missing == "error":
             how = "left out" if r in resolved.left_out else "missing"
@@ -45,7 +48,7 @@ def write_report(path: Path, resolved: Resolved, compared: Compared | None = Non
             *(r.label, how, "+".join(p.gene or p.name for p in r.parts)),
             ";".join(sorted({str(source.path) for _, source in used})),
             "; ".join(p.via for p in r.parts if p.via),
-            str(len(proteins) or ""),
+            str(len(proteins) + len(keys) or ""),
             ";".join(str(p["residues"]) for p in proteins),
             *(*closest, r.reason or ""),
         )

@@ -16,6 +16,8 @@ from state_esm_features.console import InputError, Notes, count, did_you_mean, s
 from state_esm_features.embedding import gene_names
 from state_esm_features.embedding.excel_dates import genes_behind, symbols_behind
 from state_esm_features.embedding.fasta import Proteins
+from state_esm_features.embedding.protein_ids import protein_id
+from state_esm_features.embedding.table_keys import OF_GENES
 from state_esm_features.embedding.tables import Table
 from state_esm_features.files import existing_file
 from state_esm_features.option_groups import SymbolOptions
@@ -76,22 +78,34 @@ class Resolution:
         return None
 
 
+def read_pairs(path: Path | None) -> list[tuple[str, str]]:
+    """(OLD, NEW) of every line of --aliases."""
+    if path is None:
+        return []
+    existing_file(path, "aliases file")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"aliases file {path} is not plain text in UTF-8: {error}") from error
+    pairs = []
+    for number, line in enumerate(lines, 1):
+        fields = re.split(r"[\t,]|\s+", line.split("#", 1)[0].strip())
+        if fields == [""]:
+            continue
+        if len(fields) != 2 or not all(fields):
+            raise InputError(f"{path}, line {number}: expected two columns, OLD NEW: {line!r}")
+        pairs.append((fields[0], fields[1]))
+    return pairs
+
+
 def read_aliases(pairs: Sequence[tuple[str, str]], path: Path | None) -> dict[str, str]:
     """{label: table key} from --alias and from the two columns of --aliases."""
-    aliases = {}
-    if path is not None:
-        existing_file(path, "aliases file")
-        try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-        except UnicodeDecodeError as error:
-            raise InputError(f"aliases file {path} is not plain text in UTF-8: {error}") from error
-        for number, line in enumerate(lines, 1):
-            fields = re.split(r"[\t,]|\s+", line.split("#", 1)[0].strip())
-            if fields == [""]:
-                continue
-            if len(fields) != 2 or not all(fields):
-                raise InputError(f"{path}, line {number}: expected two columns, OLD NEW: {line!r}")
-            aliases[fields[0]] = fields[1]
+    listed = read_pairs(path)
+    aliases = dict(listed)
+    for old, new in listed:
+        proteins = protein_id(new) and protein_id(aliases.get(old, ""))
+        if proteins and new != aliases[old]:
+            del aliases[old]  # a gene of several proteins, which name the keys of a table
     for old, new in pairs:
         if dict(pairs)[old] != new:
             raise InputError(f"--alias {old}={new} and --alias {old}={dict(pairs)[old]}: which?")
@@ -295,6 +309,12 @@ class Resolver:
             return replace(found, reason=found.reason + row)
         return found
 
+    def names_a_key(self, name: str) -> bool:
+        """Whether this is the id of a protein under which a table has a vector."""
+        tables = (source for source in self.sources if isinstance(source, Table))
+        of_proteins = (table for table in tables if table.keys.kind not in OF_GENES)
+        return protein_id(name) is not None and any(name in table for table in of_proteins)
+
     def exact(self, name: str) -> Gene | None:
         """The key itself."""
         places = (i for i, source in enumerate(self.sources) if name in source)
@@ -396,7 +416,8 @@ def resolve(
     resolutions = [resolver.label(name) for name in names]
     parts = [p for r in resolutions for p in r.parts]
     for name, key in resolver.options.alias:
-        needless = name in resolver.aliases_used or (name, key) in remembered
+        used = name in resolver.aliases_used or resolver.names_a_key(name)
+        needless = used or (name, key) in remembered
         if not needless and name != resolver.control:
             resolver.notes.warn(
                 f"--alias {name}={key}: no label {name!r}{did_you_mean(name, names)}"

@@ -5,9 +5,9 @@ The forms stand in `table_forms` and `table_folders`. How a label finds its gene
 
 from __future__ import annotations
 
+import itertools
 import warnings
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,9 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 from state_esm_features.console import InputError, Notes, count, some
 from state_esm_features.embedding.downloads import arc_table_path
-from state_esm_features.embedding.fasta import genes_in_header
 from state_esm_features.embedding.table_content import Asked, Content, without_dates
 from state_esm_features.embedding.table_forms import read_form
+from state_esm_features.embedding.table_keys import (
+    NamedKeys,
+    Namer,
+    ids_of,
+    name_keys,
+    read_keys,
+)
 from state_esm_features.files import existing_file, sha256_of, sha256_of_files
 from state_esm_features.option_groups import (
     ARC_BYTES,
@@ -43,7 +49,7 @@ class Table:
     path
         The file, or the folder.
     vectors
-        {gene: tensor}; memory-mapped where the form allows it: a vector is read when it is used.
+        {key: tensor}; memory-mapped where the form allows it: a vector is read when it is used.
     width
         Length of every vector.
     form
@@ -52,8 +58,8 @@ class Table:
         Those of a folder.
     part
         The layer, or the key, where a table holds several.
-    second_names
-        Genes of `vectors` that are another name of one before them.
+    keys
+        The genes that the keys are.
     dates
         Keys that were left out: a spreadsheet has made dates of symbols.
     agreement
@@ -66,24 +72,25 @@ class Table:
     form: str = "torch dict"
     files: Sequence[Path] = ()
     part: Mapping[str, Any] = field(default_factory=dict)
-    second_names: frozenset[str] = frozenset()
+    keys: NamedKeys = field(default_factory=NamedKeys)
     dates: tuple[str, ...] = ()
     agreement: tuple[Mapping[str, Any], ...] = ()
 
     @cached_property
-    def symbols(self) -> Iterable[str]:
+    def symbols(self) -> Sequence[str]:
         """Every gene of it, by its first name."""
-        return [gene for gene in self.vectors if gene not in self.second_names]
+        return self.keys.symbols or list(self.vectors)
 
     def __contains__(self, gene: str) -> bool:
-        return gene in self.vectors
+        return gene in self.vectors or gene in self.keys.genes
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.vectors)
+        return itertools.chain(self.vectors, self.keys.genes)
 
     def origin(self, gene: str) -> dict[str, Any]:
-        """What the manifest says of a gene beside its source: nothing, of a table."""
-        return {}
+        """What the manifest says of a gene beside its source: its keys, where it is none itself."""
+        keys = self.keys.genes.get(gene)
+        return {"keys": ids_of(keys)} if keys else {}
 
     @cached_property
     def sha256(self) -> str:
@@ -91,7 +98,7 @@ class Table:
         return sha256_of_files(self.files) if self.path.is_dir() else sha256_of(self.path)
 
     @cached_property
-    def named(self) -> str | None:
+    def known_as(self) -> str | None:
         """What a known table is, whatever its file is called; other sizes are not hashed."""
         sizes = {size for size, _ in KNOWN_TABLES.values()}
         if not self.path.is_file() or self.path.stat().st_size not in sizes:
@@ -102,26 +109,31 @@ class Table:
         """What the manifest says of the table."""
         return {
             "kind": "table",
-            **({"named": self.named} if self.named else {}),
+            **({"known_as": self.known_as} if self.known_as else {}),
             "form": self.form,
             "path": str(self.path),
             "sha256": self.sha256,
-            "genes": len(self.vectors) - len(self.second_names),
+            "genes": len(self.symbols),
+            **self.keys.record(),
             **self.part,
             **({"dates_left_out": list(self.dates)} if self.dates else {}),
             **({"agreement": list(self.agreement)} if self.agreement else {}),
         }
 
     def __str__(self) -> str:
-        genes = len(self.vectors) - len(self.second_names)
-        size = f"{count(genes, 'gene')} x {self.width:,}"
-        return f"{self.path} ({', '.join(filter(None, [size, part_of(self.part), self.named]))})"
+        size = f"{count(len(self.symbols), 'gene')} x {self.width:,}"
+        return f"{self.path} ({', '.join(filter(None, [size, part_of(self.part), self.known_as]))})"
 
     def __getitem__(self, gene: str) -> torch.Tensor:
-        """Vector of a gene as float32 (width,), a copy that owns its memory."""
+        """Vector of a gene as float32 (width,), a copy that owns its memory.
+
+        Of several proteins it is their mean, as of those that are computed.
+        """
         import torch
 
-        return self.vectors[gene].detach().reshape(-1).to(torch.float32, copy=True)
+        keys = self.keys.genes.get(gene, (gene,))
+        rows = [self.vectors[key].detach().reshape(-1).float() for key in keys]
+        return rows[0].clone() if len(rows) == 1 else torch.stack(rows).double().mean(0).float()
 
     @cached_property
     def mean(self) -> torch.Tensor:
@@ -146,7 +158,12 @@ def part_of(record: Mapping[str, Any]) -> str:
     return ", ".join(f"{name.removeprefix('table_')} {record[name]}" for name in parts)
 
 
-def load_table(path: Path, notes: Notes, asked: Asked | None = None) -> Table:
+def load_table(
+    path: Path,
+    notes: Notes,
+    asked: Asked | None = None,
+    namers: Callable[[], Sequence[Namer]] = tuple,
+) -> Table:
     """Open a table without executing anything in it and, where it can be mapped, without reading
     its vectors.
 
@@ -156,6 +173,8 @@ def load_table(path: Path, notes: Notes, asked: Asked | None = None) -> Table:
         A file or folder in one of the forms of docs/tables.md.
     asked
         --layer and --table-key.
+    namers
+        What tells which gene has a protein: called if a key may be the id of one.
 
     Raises
     ------
@@ -171,43 +190,15 @@ def load_table(path: Path, notes: Notes, asked: Asked | None = None) -> Table:
     for text in content.said:
         notes.line(f"{path}: {text}")
     content, dates = without_dates(path, content, notes)
-    names = gene_keys(path, content)
-    rows = dict(zip((own for own, *_ in names), tensors(path, content), strict=True))
+    keys = read_keys(path, content)
+    rows = dict(zip((key.text for key in keys), tensors(path, content), strict=True))
     _check_shapes(path, rows)
     width = _one_width(path, rows)
     _check_dtypes(path, rows, notes)
-    second = {other: rows[own] for own, *others in names for other in others if other not in rows}
-    return Table(
-        *(path, rows | second, width, content.form),
-        files=content.files,
-        part=content.part,
-        second_names=frozenset(second),
-        dates=dates,
-    )
-
-
-def gene_keys(path: Path, content: Content) -> list[list[str]]:
-    """The genes of the vectors: of each its name, and others that it has. Each stands once.
-
-    The one place where the keys of a table become genes.
-    """
-    wrong = [name for name in content.names if not isinstance(name, str) or not name.strip()]
-    if wrong:
-        raise InputError(
-            f"{path}: {len(wrong):,} of {len(content.names):,} keys are no names of genes "
-            f"({some(map(repr, wrong))}); name each gene by a text"
-        )
-    keys = [[str(name)] for name in content.names]
-    if content.headers:
-        keys = [genes_in_header(name) or [name] for name in content.names]
-    counted = Counter(own for own, *_ in keys)
-    repeated = [gene for gene, n in counted.items() if n > 1]
-    if repeated:
-        raise InputError(
-            f"{path}: {count(len(repeated), 'gene')} more than once ({some(repeated)}); keep one "
-            "vector of each"
-        )
-    return keys
+    named = name_keys(keys, namers() if any(key.protein for key in keys) else ())
+    for text in named.said():
+        notes.line(f"{path}: {text}")
+    return Table(path, rows, width, content.form, content.files, content.part, named, dates)
 
 
 def tensors(path: Path, content: Content) -> list[torch.Tensor]:
@@ -313,15 +304,19 @@ def _check_dtypes(path: Path, rows: Mapping[str, torch.Tensor], notes: Notes) ->
 
 
 def open_tables(
-    options: SourceOptions, layer: int | None, dry_run: bool, notes: Notes
+    options: SourceOptions,
+    layer: int | None,
+    dry_run: bool,
+    notes: Notes,
+    namers: Callable[[], Sequence[Namer]] = tuple,
 ) -> list[Table]:
     """The tables of --esm-embeddings, all of one width; Arc's if there is no source at all.
 
-    `layer` is --layer: of folders that hold several.
+    `layer` is --layer: of folders that hold several; `namers` as in `load_table`.
     """
     paths = options.esm_embeddings or ([] if options.fasta else [arc_table_path(dry_run)])
     asked = Asked(layer, options.table_key)
-    tables = [load_table(path, notes, asked) for path in paths if path is not None]
+    tables = [load_table(path, notes, asked, namers) for path in paths if path is not None]
     parts = {name for table in tables for name in table.part}
     if layer is not None and not options.fasta and "layer" not in parts:
         notes.warn(f"--layer {layer}: no table given holds layers")

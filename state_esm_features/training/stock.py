@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from state_esm_features.console import InputError
+from state_esm_features.console import InputError, did_you_mean, some
 from state_esm_features.option_groups import CONSECUTIVE, SPACES
 
 INFER_LOADS = ("state", "neuralot", "pertsets")
@@ -100,7 +100,19 @@ def compose(overrides: Sequence[str]) -> dict[str, Any]:
         model = re.search(r"'model/([^']+)'", str(error))
         if model:
             reasons = [f"no model {model[1]!r}; models: {', '.join(stock_models())}"]
+        elif unknown := re.match(r"Could not override '([^']+)'", str(error)):
+            others = [text for text in overrides if unknown[1] not in typed_settings([text])]
+            reasons = [f"no setting {unknown[1]!r}{setting_meant(unknown[1], compose(others))}"]
         raise InputError(f"the stock configuration of state says: {reasons[0]}") from error
+
+
+def setting_meant(key: str, configuration: Mapping[str, Any]) -> str:
+    """' (did you mean ...?)': settings of that name elsewhere, else those named alike there."""
+    known = flat(configuration)
+    group, _, name = key.rpartition(".")
+    same = [setting for setting in known if setting.rpartition(".")[2] == name]
+    names = [k.removeprefix(f"{group}.") for k in known if k.startswith(f"{group}.")]
+    return f" (did you mean {some(same)}?)" if same else did_you_mean(name, names)
 
 
 def stock_models() -> list[str]:

@@ -14,7 +14,7 @@ from state_esm_features.console import InputError
 from state_esm_features.embedding.downloads import arc_table_path
 from state_esm_features.embedding.features_file import read_manifest
 from state_esm_features.files import existing_file, read_json, read_torch
-from state_esm_features.option_groups import ARC_SHA256, FEATURES
+from state_esm_features.option_groups import ARC_SHA256, FEATURES, alias_pair
 from state_esm_features.options import names_of, read_table
 from state_esm_features.training.stock import INFER_LOADS
 
@@ -167,10 +167,10 @@ def options_of_run(run: TrainedRun, given: Collection[str] = ()) -> dict[str, An
     options = {name: value for name, value in manifest["policy"].items() if value is not None}
     options |= options_of_tables(run, manifest) | options_of_sequences(run, manifest)
     options |= {"alias": aliases_of_user(manifest)}
-    for names in manifest["symbols"]:
+    for names in [*manifest["symbols"], *namers_of(manifest)]:
         if "path" in names:
-            options["hgnc"] = run.file(names["path"])
-    for name in ("esm_embeddings", "fasta", "hgnc"):
+            options[names["kind"]] = run.file(names["path"])
+    for name in ("esm_embeddings", "fasta", "hgnc", "aliases"):
         paths = options.get(name, [])
         for path in paths if isinstance(paths, list) else [paths]:
             if name not in given and not Path(path).exists():
@@ -211,12 +211,20 @@ def options_of_sequences(run: TrainedRun, manifest: Mapping[str, Any]) -> dict[s
     return options | {"fasta": list(dict.fromkeys(options["fasta"]))}
 
 
+def namers_of(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What told the genes of the proteins in its tables."""
+    return [namer for source in manifest["sources"] for namer in source.get("named_by", ())]
+
+
 def aliases_of_user(manifest: Mapping[str, Any]) -> list[str]:
-    """OLD=NEW of the aliases that the user gave: nothing else leads from name to gene.
+    """OLD=NEW of the aliases that the user gave: nothing else leads from name to gene, and those
+    that named keys of a table.
 
     An addition may have read a name otherwise, for itself: the run's first reading stays.
     """
     aliases: dict[str, str] = {}
+    for text in (pair for namer in namers_of(manifest) for pair in namer.get("pairs", ())):
+        aliases.setdefault(*alias_pair(text))
     for label, record in manifest["labels"].items():
         for part in record.get("parts", [{"name": label, **record}]):
             if part["how"] == "alias" and "via" not in part:

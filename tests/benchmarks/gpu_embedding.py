@@ -26,6 +26,7 @@ from gpu_rows import Rows, parser_of_part, say, spread  # noqa: E402
 from random_esm2 import human_like, random_model  # noqa: E402
 
 from state_esm_features.embedding import esm2  # noqa: E402
+from state_esm_features.embedding.devices import choose_devices  # noqa: E402
 from state_esm_features.embedding.embed import embed_all  # noqa: E402
 
 SHAPES = {"8M": (6, 320, 20), "650M": (33, 1280, 20), "3B": (36, 2560, 40)}
@@ -61,15 +62,31 @@ def our_model(fair: esm.ESM2, device: torch.device, dtype: torch.dtype) -> esm2.
         return esm2.Esm2(checkpoint, fair.num_layers, device, dtype)
 
 
-def ours(fair: esm.ESM2, device: torch.device, dtype: torch.dtype) -> Embed:
+def on_devices(fair: esm.ESM2, devices: Sequence[torch.device], dtype: torch.dtype) -> Embed:
     """What the command does with proteins that are in no table and not in the cache."""
-    model = our_model(fair, device, dtype)
+    models = [our_model(fair, device, dtype) for device in devices]
 
     def embed(sequences: Sequence[str]) -> torch.Tensor:
-        vectors = dict(embed_all(model, sequences, "window"))
+        vectors = dict(embed_all(models, sequences, "window"))
         return torch.stack([vectors[sequence] for sequence in sequences])
 
     return embed
+
+
+def ours(fair: esm.ESM2, device: torch.device, dtype: torch.dtype) -> Embed:
+    """On one device."""
+    return on_devices(fair, [device], dtype)
+
+
+def several(device: torch.device) -> list[torch.device]:
+    """All devices of --device, if there are several; of a CPU two, only to see that it runs."""
+    devices, _ = choose_devices(device.type)
+    return [device, device] if device.type == "cpu" else devices[1:] and devices
+
+
+def ours_on_all(fair: esm.ESM2, device: torch.device, dtype: torch.dtype) -> Embed:
+    """On every device of the machine."""
+    return on_devices(fair, several(device), dtype)
 
 
 def batches(sequences: Sequence[str]) -> Iterator[list[int]]:
@@ -101,7 +118,12 @@ def padded_batches(fair: esm.ESM2, device: torch.device, dtype: torch.dtype) -> 
     return embed
 
 
-BUILD = {REFERENCE: fair_esm_loop, "ours": ours, "padded batches": padded_batches}
+BUILD = {
+    REFERENCE: fair_esm_loop,
+    "ours": ours,
+    "ours on all devices": ours_on_all,
+    "padded batches": padded_batches,
+}
 
 
 class GpuMemory:
@@ -147,6 +169,8 @@ def compare(
     for dtype in (torch.float32, torch.bfloat16):
         reference = 0.0
         for run, build in BUILD.items():
+            if build is ours_on_all and not several(device):
+                continue
             label = f"{run}, {str(dtype).removeprefix('torch.')}"
             with rows.guarded(case, label):
                 rows.require_time()

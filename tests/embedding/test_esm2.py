@@ -189,20 +189,20 @@ def threads() -> Iterator[None]:
 def test_a_vector_depends_on_its_sequence_only(
     tmp_path: Path, threads: None, dtype: torch.dtype
 ) -> None:
-    """Bit by bit the same in any order, alone, and on one thread or two."""
+    """Bit by bit the same in any order, alone, on one thread or two, and of several copies."""
     write_checkpoint(tmp_path / "w.pt", 3, 320, 20)
     model = opened(tmp_path / "w.pt", 3, dtype)
     sequences = [protein(n) for n in (40, 1, 300, 2, 17, 1040, 41)]
 
-    def vectors(order: Sequence[str], cores: int) -> dict[str, torch.Tensor]:
+    def vectors(order: Sequence[str], cores: int, copies: int = 1) -> dict[str, torch.Tensor]:
         torch.set_num_threads(cores)
-        found = dict(embed_all(model, order, "window"))
+        found = dict(embed_all([model] * copies, order, "window"))
         assert torch.get_num_threads() == cores
         return found
 
     expected = vectors(sequences, 2)
     assert set(expected) == set(sequences)
-    others = [vectors(sequences[::-1], 2), vectors(sorted(sequences), 1)]
+    others = [vectors(sequences[::-1], 2), vectors(sorted(sequences), 1), vectors(sequences, 1, 3)]
     others += [vectors([s], cores) for s in sequences for cores in (1, 2)]
     for found in others:
         for sequence, vector in found.items():

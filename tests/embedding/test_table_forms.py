@@ -179,8 +179,8 @@ def mixed_extract() -> None:
 
 
 def twice_extracted() -> None:
-    extracted("1", "P1 GN=A OS=x", mean_representations={6: torch.ones(2)})
-    extracted("2", "P2 GN=A OS=x", mean_representations={6: torch.ones(2)})
+    extracted("1", "sp|P42224|A GN=A OS=x", mean_representations={6: torch.ones(2)})
+    extracted("2", "P42224 GN=A OS=x", mean_representations={6: torch.ones(2)})
 
 
 def two_lists_of_keys() -> None:
@@ -211,7 +211,7 @@ def two_kinds_of_files() -> None:
             "t: layers differ: A.pt has 6, B.pt has 6, 33; choose one that all have with --layer N",
         ),
         (mixed_extract, "t/B.pt is not of fair-esm's extract.py, as A.pt is"),
-        (twice_extracted, "t: 1 gene more than once (A); keep one vector of each"),
+        (twice_extracted, "t: 1 gene more than once (P42224); keep one vector of each"),
         (
             lambda: extracted("A", "A", bos_representations={6: torch.ones(2)}),
             "t/A.pt holds no vector but that of the first token. Run extract.py with --include "

@@ -60,10 +60,10 @@ def test_a_known_table_is_named_as_what_it_is_whatever_its_file_is_called(
     monkeypatch.setattr(tables, "KNOWN_TABLES", known)
     table = load_table(path, Notes())
     assert str(table) == f"{path} (2 genes x 3, Arc's own)"
-    assert table.record()["named"] == "Arc's own"
+    assert table.record()["known_as"] == "Arc's own"
     path.write_bytes(path.read_bytes()[:-1] + b"x")  # as large, and another one
     other = Table(path, table.vectors, 3)
-    assert str(other) == f"{path} (2 genes x 3)" and "named" not in other.record()
+    assert str(other) == f"{path} (2 genes x 3)" and "known_as" not in other.record()
 
 
 def test_a_file_of_another_size_is_not_hashed_to_be_named(
