@@ -86,9 +86,9 @@ from state_esm_features.training.run_dir import (
     refuse_hpc_checkpoint,
     refuse_if_held,
     result,
+    run_dir_of,
     start,
 )
-from state_esm_features.training.stock import typed_settings
 
 GROUPS = (
     option_groups.DataOptions,
@@ -184,13 +184,6 @@ def manifest_of(features: Path | None, notes: console.Notes) -> Mapping[str, Any
         ablation = manifest["ablation"]
         notes.always(f"ABLATION: {ablation['kind']}, seed {ablation['seed']}: not real features")
     return manifest
-
-
-def run_dir_of(options: TrainOptions) -> Path:
-    """OUTPUT_DIR/NAME, absolute."""
-    model = typed_settings(options.overrides).get("model") or options.training.model or "state_sm"
-    name = options.run.name or f"{options.data.config.stem}_{model}"
-    return options.run.output_dir.absolute() / name
 
 
 def train_in(plan: Plan, how: str, notes: console.Notes) -> dict[str, Any]:

@@ -24,9 +24,9 @@ from state_esm_features.results import TrainingResult
 from state_esm_features.training.checkpoints import checkpoint_steps, intact
 from state_esm_features.training.fast_loading import fast_paths
 from state_esm_features.training.launch import launch_id
-from state_esm_features.training.plan import Plan, what_is_next
+from state_esm_features.training.plan import Plan, TrainOptions, what_is_next
 from state_esm_features.training.progress import Training, draw_training, keep_progress
-from state_esm_features.training.stock import MANAGED, flat
+from state_esm_features.training.stock import MANAGED, flat, typed_settings
 
 OR_ANOTHER = "let it finish, or choose another --name"
 
@@ -37,6 +37,13 @@ MAY_CHANGE_ON_RESUME = re.compile(
 )
 """Differences that a resumed run may have; 'changed' is the time of a data file, as after a new
 download of the same data."""
+
+
+def run_dir_of(options: TrainOptions) -> Path:
+    """OUTPUT_DIR/NAME, absolute."""
+    model = typed_settings(options.overrides).get("model") or options.training.model or "state_sm"
+    name = options.run.name or f"{options.data.config.stem}_{model}"
+    return options.run.output_dir.absolute() / name
 
 
 def versions() -> dict[str, str]:
