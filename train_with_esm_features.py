@@ -74,8 +74,9 @@ from state_esm_features.results import TrainingResult
 from state_esm_features.training import loop
 from state_esm_features.training.fast_copies import make_copies
 from state_esm_features.training.plan import OWN_FEATURES, Plan, TrainOptions, describe, make_plan
-from state_esm_features.training.processes import follows, one_launch, repeat_hash_seed
+from state_esm_features.training.processes import ranks_of, repeat_hash_seed
 from state_esm_features.training.progress import Training
+from state_esm_features.training.rendezvous import FirstRank, announced
 from state_esm_features.training.run_dir import (
     OR_ANOTHER,
     changed_since,
@@ -131,25 +132,32 @@ def run(
     console.start_log(options.run.quiet)
     experiment = load_experiment(options.data.config)
     unrepeatable = repeat_hash_seed(experiment, from_command_line)
+    run_dir = run_dir_of(options)
+    ranks = ranks_of(options, run_dir, from_command_line)
+    works = not options.run.dry_run
+    if ranks.rank:
+        if works:
+            loop.follow(run_dir, ranks, len(experiment.get_all_datasets()) > 1)
+        return None
+    if works:
+        refuse_if_held(run_dir)
     # only now: a fixed hash seed starts the script anew
-    with tempfile.TemporaryDirectory(prefix="esm-features-") as place:
-        return plan_and_train(options, unrepeatable, from_command_line, Path(place), notes)
+    with (
+        tempfile.TemporaryDirectory(prefix="esm-features-") as place,
+        announced(run_dir, ranks.started_apart() if works else []) as first,
+    ):
+        return plan_and_train(options, run_dir, unrepeatable, Path(place), first, notes)
 
 
 def plan_and_train(
     options: TrainOptions,
+    run_dir: Path,
     unrepeatable: str | None,
-    from_command_line: bool,
     place: Path,
+    first: FirstRank,
     notes: console.Notes,
-) -> TrainingResult | None:
+) -> TrainingResult:
     """In the order of the work; features that have to be made lie in `place` until it begins."""
-    run_dir = run_dir_of(options)
-    if follows(run_dir, options.overrides):
-        loop.follow(run_dir)
-        return None
-    if not options.run.dry_run:
-        refuse_if_held(run_dir)
     earlier = earlier_run(run_dir)
     options = choose_features(options, earlier, run_dir, notes)
     named = options.data.pert_features
@@ -167,12 +175,11 @@ def plan_and_train(
     elif how == "up to date":
         notes.line(f"up to date: {run_dir} finished with the same inputs")
     else:
-        one_launch(plan, from_command_line)
         loop.refuse_changed_files(plan)
         with run_lock(run_dir, advice=OR_ANOTHER):
             if earlier_run(run_dir) != earlier:
                 raise Busy(run_dir, None, OR_ANOTHER)
-            record = train_in(plan, how, notes)
+            record = train_in(plan, how, first, notes)
         how = "finished"
     return result("dry run" if options.run.dry_run else how, plan, record)
 
@@ -186,7 +193,7 @@ def manifest_of(features: Path | None, notes: console.Notes) -> Mapping[str, Any
     return manifest
 
 
-def train_in(plan: Plan, how: str, notes: console.Notes) -> dict[str, Any]:
+def train_in(plan: Plan, how: str, first: FirstRank, notes: console.Notes) -> dict[str, Any]:
     """Copy the data if asked to, prepare the run directory, train, and keep the record."""
     refuse_hpc_checkpoint(plan.run_dir, how)
     notes.say()
@@ -198,6 +205,7 @@ def train_in(plan: Plan, how: str, notes: console.Notes) -> dict[str, Any]:
     progress = Training(plan.run_dir, plan.stock["training"]["max_steps"])
     progress.first = progress.step = record["starts"][-1]["from_step"]
     try:
+        first.gather()
         loop.train(progress, record)
     except BaseException as error:
         stopped = isinstance(error, (console.Stopped, KeyboardInterrupt))

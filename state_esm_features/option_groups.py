@@ -63,6 +63,9 @@ residues, beginning and end (Lin et al. 2023, doi:10.1126/science.ade2574)."""
 LAYOUTS = ("sorted", "dense")
 """Of --fast-loading."""
 
+TRAINING_PRECISIONS = ("32-true", "bf16-mixed")
+"""Of --training-precision, as Lightning calls them."""
+
 SPACES = ("gene", "all", "embedding")
 """Of --output-space."""
 
@@ -347,6 +350,12 @@ class TrainingOptions:
         "keep a step=N.ckpt every N steps (default: none)",
         **NUMBER,
         stock=("training.ckpt_every_n_steps",),
+    )
+    nodes: int | None = option(
+        "machines that train together (default: as srun or torchrun starts them, else 1)", **NUMBER
+    )
+    training_precision: str | None = option(
+        "precision of the training (State's default: 32-true)", choices=TRAINING_PRECISIONS
     )
 
 

@@ -34,7 +34,8 @@ FLOORS = (
         *("embedding.features_file", "embedding.report", "embedding.plot", "embedding.features"),
     ),
     (
-        *("training.launch", "training.stock", "training.expression", "training.data"),
+        *("training.launch", "training.stock", "training.trainer", "training.rendezvous"),
+        *("training.expression", "training.data"),
         *("training.splits", "training.preflight", "training.model_check"),
         *("training.features_check", "training.fast_copies", "training.fast_loading"),
     ),
@@ -135,6 +136,7 @@ def long_functions(modules: Mapping[str, str]) -> list[str]:
 SPEAKERS = {
     *("files", "embedding.downloads", "embedding.cache", "embedding.embed"),
     *("training.fast_copies", "training.checkpoints", "training.loop"),
+    "training.rendezvous",
 }
 """Modules that speak while they work, through `console`: progress, downloads, waiting, damage."""
 

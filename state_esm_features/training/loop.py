@@ -9,6 +9,7 @@ import contextlib
 import functools
 import math
 import os
+import platform
 import re
 import signal
 import threading
@@ -31,11 +32,13 @@ from state_esm_features.console import (
 )
 from state_esm_features.files import DISK_FULL, read_json, same_file, write_whole
 from state_esm_features.training.checkpoints import without_numpy, write_over_old_names
-from state_esm_features.training.launch import launch_id, rank
+from state_esm_features.training.launch import STARTED, Ranks, launcher
 from state_esm_features.training.plan import Plan
-from state_esm_features.training.processes import FOLLOW_SECONDS, loaders_end_with_us
+from state_esm_features.training.processes import end_with_parent, loaders_end_with_us
 from state_esm_features.training.progress import Training, note_progress
+from state_esm_features.training.rendezvous import wait_for_first
 from state_esm_features.training.stock import compose
+from state_esm_features.training.trainer import variables_set
 
 
 @contextlib.contextmanager
@@ -282,7 +285,7 @@ def our_callbacks(state: Training, step_checkpoints: int | None) -> list[Any]:
     return callbacks
 
 
-def train(state: Training, record: Mapping[str, Any]) -> None:
+def train(state: Training, record: Mapping[str, Any], first: bool = True) -> None:
     """Run the stock training; what it and its libraries say goes to train.log in the run directory.
 
     Parameters
@@ -291,6 +294,8 @@ def train(state: Training, record: Mapping[str, Any]) -> None:
         Filled in as the training runs.
     record
         run.json, with the overrides of the stock configuration.
+    first
+        Whether this is the first rank, which alone keeps a log.
 
     Raises
     ------
@@ -303,10 +308,11 @@ def train(state: Training, record: Mapping[str, Any]) -> None:
     from state._cli import run_tx_train
 
     cfg = OmegaConf.create(compose(record["overrides"]))
-    printed = state.run_dir / "train.log" if rank() == 0 else Path(os.devnull)
+    printed = state.run_dir / "train.log" if first else Path(os.devnull)
     with (
         printed.open("a", buffering=1, encoding="utf-8") as log_file,
         loaders_end_with_us(),
+        variables_set({**record["trainer"], STARTED: "1"}),
         libraries_into(log_file),
         # of what comes before `take_signals`: Lightning itself ends the process on Ctrl-C
         on_signals(raise_stopped, STOP_SIGNALS),
@@ -319,7 +325,7 @@ def train(state: Training, record: Mapping[str, Any]) -> None:
         finally:
             if state.bar:
                 state.bar.close()
-    if rank() == 0:
+    if first:
         # `state tx predict` takes last.ckpt, `state tx infer` final.ckpt; both are the last step's
         same_file(state.last_checkpoint.with_name("final.ckpt"), state.last_checkpoint)
 
@@ -347,23 +353,54 @@ def in_plain_words(error: Exception, state: Training) -> Exception:
     return InputError(f"{what} (at step {state.step:,}; {state.good_checkpoint()}): {first_line}")
 
 
-def follow(run_dir: Path) -> None:
+def follow(run_dir: Path, ranks: Ranks, several_datasets: bool) -> None:
     """Train as one of several ranks, on what the first one has decided and written.
 
-    Lightning (and srun, torchrun) start the same command once for every rank; the checks, the
-    lock, moving aside and the manifests are the first one's.
+    Lightning (and srun, torchrun, a hand on every machine) starts the same command once for every
+    rank; the checks, the lock, moving aside and the manifests are the first one's.
     """
-    limit = time.monotonic() + FOLLOW_SECONDS
-    while True:
-        record = read_json(run_dir / "run.json") or {}
-        if record.get("launch") == launch_id() and record.get("status") == "training":
-            break
-        if time.monotonic() > limit:
-            raise InputError(f"rank {rank()}: the first rank has not prepared {run_dir}; see there")
-        time.sleep(0.2)
+    if ranks.by_lightning:  # for a process of ours on this machine, which has waited
+        end_with_parent()
+    elif not wait_for_first(run_dir, ranks.rank, lambda: check_prepared(run_dir, several_datasets)):
+        return
+    record = read_json(run_dir / "run.json") or {}
     state = Training(run_dir, record["identity"]["settings"]["training.max_steps"])
     try:
-        train(state, record)
+        train(state, record, first=False)
     except (Stopped, InputError):
-        if not state.together:  # else all ranks stop, and the first one says why
+        # where all ranks stop, the first one says why: a launcher would kill it while it does
+        if not state.together or not (ranks.by_lightning or launcher()):
             raise
+
+
+def check_prepared(run_dir: Path, several_datasets: bool) -> None:
+    """What the first rank has prepared can be trained by this process too.
+
+    Raises
+    ------
+    InputError
+        Paths are others on this machine, or the order of the data would be.
+    """
+    record = read_json(run_dir / "run.json") or {}
+    stock = compose(record["overrides"])
+    run, here = Path(stock["output_dir"], stock["name"]), platform.node()
+    if not (run / "run.json").exists() or not run.samefile(run_dir):
+        raise InputError(
+            f"the run is {run} for the first rank, and {run_dir} on {here}: name a folder that has "
+            "one path on all machines, with --output-dir"
+        )
+    sizes = record["identity"]["data"] if not record["fast_loading"] else {}
+    other = [path for path, size in sizes.items() if bytes_of(path) != size]
+    if other:
+        raise InputError(f"not the data of the first rank on {here}, or none: {some(other)}")
+    seeds = [record["python_hash_seed"], os.environ.get("PYTHONHASHSEED")]
+    if several_datasets and seeds[0] != seeds[1]:
+        raise InputError(
+            f"PYTHONHASHSEED is {seeds[0]} for the first rank and {seeds[1]} on {here}: set one "
+            "value, as the order of several datasets depends on it"
+        )
+
+
+def bytes_of(path: str) -> str | None:
+    """Size of a file as the identity of a run has it; None if there is none."""
+    return f"{Path(path).stat().st_size:,} bytes" if Path(path).is_file() else None

@@ -27,6 +27,7 @@ from state_esm_features.training.data import Data
 from state_esm_features.training.fast_copies import FastLoading
 from state_esm_features.training.fast_loading import choose_loading, describe_loading
 from state_esm_features.training.features_check import check_features, note_known
+from state_esm_features.training.launch import Ranks, commands_by_hand, launcher
 from state_esm_features.training.model_check import check_model, data_dims, try_model
 from state_esm_features.training.preflight import (
     check_disk,
@@ -38,9 +39,17 @@ from state_esm_features.training.splits import split_table
 from state_esm_features.training.stock import (
     INFER_LOADS,
     compose,
+    devices_of,
     overrides_of,
     require_trainable,
     typed_settings,
+)
+from state_esm_features.training.trainer import (
+    TrainerSettings,
+    choose_nodes,
+    choose_precision,
+    describe_trainer,
+    set_by_user,
 )
 
 OWN_FEATURES = "pert_features.pt"
@@ -166,6 +175,8 @@ class Plan:
         Steps between two step=N.ckpt, or None.
     fast
         How --fast-loading reads the data, or None.
+    trainer
+        What Lightning is told beside State's settings.
     """
 
     options: TrainOptions
@@ -179,6 +190,7 @@ class Plan:
     pert_features: Mapping[str, Any]
     step_checkpoints: int | None
     fast: FastLoading | None
+    trainer: TrainerSettings
 
     @property
     def toml(self) -> Path:
@@ -216,7 +228,9 @@ class Plan:
             self.own_toml if copied else self.toml.absolute(), self.features.absolute()
         )
         seed = os.environ.get("PYTHONHASHSEED")
-        return (f"PYTHONHASHSEED={seed} " if seed else "") + shlex.join(words)
+        variables = ({"PYTHONHASHSEED": seed} if seed else {}) | self.trainer.variables()
+        before = [f"{name}={shlex.quote(value)}" for name, value in variables.items()]
+        return " ".join([*before, shlex.join(words)])
 
 
 def settings_of(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -266,6 +280,29 @@ def choose_settings(
     return settings, typed, stock
 
 
+def choose_trainer(
+    options: TrainOptions,
+    resumed: Mapping[str, Any],
+    stock: Mapping[str, Any],
+    found: Findings,
+) -> TrainerSettings:
+    """What Lightning is told beside State's settings; the precision stays that of the run that is
+    resumed."""
+    training, ranks, precision = options.training, Ranks(), None
+    with found.collect():
+        ranks = Ranks(choose_nodes(training.nodes), devices_of(stock))
+    with found.collect():
+        precision = choose_precision(training.training_precision, resumed.get("trainer", {}), stock)
+    return TrainerSettings(ranks, precision, set_by_user())
+
+
+def check_first_weights(stock: Mapping[str, Any], resumed: Mapping[str, Any]) -> None:
+    """A new run may begin with the weights of a checkpoint."""
+    begins_with = stock["model"]["kwargs"].get("init_from")
+    if begins_with and not resumed:
+        existing_file(begins_with, "checkpoint to start from (model.kwargs.init_from)")
+
+
 def step_checkpoints(asked: Mapping[str, Any], stock: Mapping[str, Any]) -> int | None:
     """Steps between two step=N.ckpt: State's default, which State ignores, does not count."""
     every = "ckpt_every_n_steps"
@@ -300,15 +337,14 @@ def make_plan(
     settings, typed, stock = choose_settings(options, earlier)
     asked = settings | typed_settings(typed)
     resumed = (earlier or {}) if options.run.resume else {}
-    interval = step_checkpoints(asked, stock)
+    every = step_checkpoints(asked, stock)
     made = features = fast = None
     data = inspect_data(options.data.config, asked, stock["data"]["kwargs"], found, manifest)
     if data and data.files:  # before hours go into features
         check_model(str(asked["model"]), stock, data.files, found)
+    told = choose_trainer(options, resumed, stock, found)
     with found.collect():
-        begins_with = stock["model"]["kwargs"].get("init_from")
-        if begins_with and not resumed:
-            existing_file(begins_with, "checkpoint to start from (model.kwargs.init_from)")
+        check_first_weights(stock, resumed)
     with found.collect():
         if options.data.pert_features:
             features = check_features(options.data.pert_features, manifest, data, found)
@@ -320,13 +356,13 @@ def make_plan(
         fast = choose_loading(options.training, resumed, data, stock, run_dir, found)
         if features:
             _, each = try_model(stock, data_dims(data.files, features["width"]))
-            steps = stock["training"]["max_steps"] // interval if interval else 0
+            steps = stock["training"]["max_steps"] // every if every else 0
             check_disk(each, steps, run_dir, fast.bytes_beside(run_dir) if fast else 0, found)
     found.settle()
     assert data and features  # else there is a problem
     stock = compose(overrides_of(settings, typed))
     return Plan(
-        options, run_dir, earlier, made, settings, typed, stock, data, features, interval, fast
+        options, run_dir, earlier, made, settings, typed, stock, data, features, every, fast, told
     )
 
 
@@ -347,7 +383,12 @@ def describe(plan: Plan) -> str:
         *split_table(plan.data.splits, features.get("known_as", ())),
         ("features", f"{plan.features} ({size})"),
         ("workers", plan.stock["data"]["kwargs"]["num_workers"]),
+        *describe_trainer(plan.trainer, plan.stock),
     ]
+    nodes = plan.trainer.ranks.nodes
+    if plan.options.run.dry_run and nodes > 1 and not launcher():
+        typed = [word for word in plan.options.command if word != "--dry-run"]
+        rows += [("type", line) for line in commands_by_hand(nodes, typed)]
     if plan.fast:
         rows.append(("loading", describe_loading(plan.fast, len(files))))
     return "\n".join(f"{name:<9} {value}" for name, value in rows)

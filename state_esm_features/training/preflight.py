@@ -24,7 +24,7 @@ from state_esm_features.files import available_memory, existing_parent
 from state_esm_features.h5ad import obs_columns, open_h5ad, rewriting
 from state_esm_features.training.data import Data, DataFile, find_columns, inspect_file
 from state_esm_features.training.splits import check_splits, check_subsets
-from state_esm_features.training.stock import ranks, set_length
+from state_esm_features.training.stock import devices_of, set_length
 
 CACHED_ROWS = 10_000
 """Rows that every loader worker of cell-load keeps (lru_cache in PerturbationDataset)."""
@@ -201,6 +201,6 @@ def choose_workers(stock: Mapping[str, Any], data: Data, machine: Machine) -> in
     cells = set_length(stock) or 1  # without one it is refused anyway
     batch = 2 * stock["training"]["batch_size"] * cells  # perturbed and control cells
     each, shared = 4 * width * (rows + PREFETCH * batch), 4 * width * PREFETCH * batch
-    loaders = ranks(stock) * (2 if data.splits["val"] or data.splits["test"] else 1)
+    loaders = devices_of(stock) * (2 if data.splits["val"] or data.splits["test"] else 1)
     fitting = min(machine.memory // 2 // (loaders * each), machine.shared // (loaders * shared))
-    return max(0, min(machine.cores // ranks(stock), STOCK_MAX_WORKERS, fitting))
+    return max(0, min(machine.cores // devices_of(stock), STOCK_MAX_WORKERS, fitting))

@@ -10,17 +10,17 @@ import ctypes
 import os
 import signal
 import sys
-import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from state_esm_features.console import STOP_SIGNALS, InputError
 from state_esm_features.experiment import experiment_problems
 from state_esm_features.files import read_json
-from state_esm_features.training.launch import LAUNCH, launch_id, rank
-from state_esm_features.training.plan import Plan
-from state_esm_features.training.stock import count_devices, ranks, typed_settings
+from state_esm_features.training.launch import STARTED, Ranks, check_launch, launcher, rank, whole
+from state_esm_features.training.plan import TrainOptions
+from state_esm_features.training.stock import count_devices, typed_settings
+from state_esm_features.training.trainer import choose_nodes
 
 if TYPE_CHECKING:
     from cell_load.config import ExperimentConfig
@@ -28,9 +28,6 @@ if TYPE_CHECKING:
 
 PR_SET_PDEATHSIG = 1
 """Of prctl(2): the signal that a process gets when its parent ends."""
-
-FOLLOW_SECONDS = 3600
-"""How long another rank waits for the first one to prepare the run."""
 
 
 @contextlib.contextmanager
@@ -63,13 +60,39 @@ def loaders_end_with_us() -> Iterator[None]:
             process.kill()
 
 
-def follows(run_dir: Path, typed: Sequence[str]) -> bool:
-    """Whether this process is a further rank of a training, and not one of several trainings."""
-    if rank() == 0:
-        return False
-    kept = (read_json(run_dir / "run.json") or {}).get("typed", [])
-    devices = typed_settings([*kept, *typed]).get("training.devices", 1)
-    return LAUNCH in os.environ or count_devices(devices) > 1
+def end_with_parent() -> None:
+    """A process that Lightning started does not outlive the one it was started for (on Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def ranks_of(options: TrainOptions, run_dir: Path, from_command_line: bool) -> Ranks:
+    """The processes that train together, before State's configuration is composed.
+
+    Raises
+    ------
+    InputError
+        Others were started than are asked for; a dry run needs none. Several are asked for in a
+        notebook.
+    """
+    kept = (read_json(run_dir / "run.json") or {}).get("typed", []) if options.run.resume else []
+    asked = typed_settings([*kept, *options.overrides]).get("training.devices", 1)
+    nodes, devices = choose_nodes(options.training.nodes), count_devices(asked)
+    by_lightning = STARTED in os.environ and launcher() is None and whole("LOCAL_RANK") > 0
+    number = rank(devices) if nodes * devices > 1 else 0
+    ranks = Ranks(nodes, devices, number, by_lightning)
+    if options.run.dry_run and launcher() is None:
+        return ranks
+    if ranks.number > 1 and not from_command_line:
+        what, each = f"training.devices={asked}", "device"
+        if nodes > 1:
+            what, each = f"--nodes {nodes}", "machine"
+        raise InputError(
+            f"{what} starts the command line again for every {each}, which a notebook has none "
+            "of; use !python train_with_esm_features.py"
+        )
+    check_launch(ranks, options.command)
+    return ranks
 
 
 def repeat_hash_seed(experiment: ExperimentConfig, from_command_line: bool) -> str | None:
@@ -89,15 +112,3 @@ def repeat_hash_seed(experiment: ExperimentConfig, from_command_line: bool) -> s
         "order of the data, and so the result, will differ from run to run. From a notebook, run "
         "the script with !python instead"
     )
-
-
-def one_launch(plan: Plan, from_command_line: bool) -> None:
-    """Give the processes of this training a name, by which the other ranks know its record."""
-    if ranks(plan.stock) > 1 and not from_command_line:
-        raise InputError(
-            f"training.devices={plan.stock['training']['devices']} starts the command line again "
-            "for every device, which a notebook has none of; use !python train_with_esm_features.py"
-        )
-    os.environ.pop(LAUNCH, None)
-    if launch_id() is None:
-        os.environ[LAUNCH] = uuid.uuid4().hex

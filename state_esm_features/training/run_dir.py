@@ -27,6 +27,7 @@ from state_esm_features.training.launch import launch_id
 from state_esm_features.training.plan import Plan, TrainOptions, what_is_next
 from state_esm_features.training.progress import Training, draw_training, keep_progress
 from state_esm_features.training.stock import MANAGED, flat, typed_settings
+from state_esm_features.training.trainer import cells_a_step
 
 OR_ANOTHER = "let it finish, or choose another --name"
 
@@ -81,6 +82,7 @@ def identity(plan: Plan) -> dict[str, Any]:
         "changed": {o["path"]: o["mtime_ns"] for o in origins},
         "versions": versions(),
         "settings": stock,
+        "trainer": plan.trainer.identity(),
     }
 
 
@@ -254,7 +256,18 @@ def prepare_resume(plan: Plan, notes: Notes) -> int:
         "the order of the data and the random state start anew, so the result differs from an "
         "unbroken run"
     )
+    note_nodes(plan, notes)
     return step
+
+
+def note_nodes(plan: Plan, notes: Notes) -> None:
+    """A run may go on on another number of machines."""
+    before, now = (plan.earlier or {}).get("nodes", 1), plan.trainer.ranks
+    if before != now.nodes:
+        notes.line(
+            f"until now on {count(before, 'machine')}, from here on {now.nodes:,}: "
+            f"{cells_a_step(now, plan.stock)}"
+        )
 
 
 def refuse_if_held(run_dir: Path) -> None:
@@ -314,6 +327,8 @@ def described(plan: Plan, what: Mapping[str, Any]) -> dict[str, Any]:
         "stock_command": plan.stock_command(),
         "settings": plan.settings,
         "typed": plan.typed,
+        "nodes": plan.trainer.ranks.nodes,
+        "trainer": plan.trainer.variables(),
         "fast_loading": fast.layout if fast else None,
         "data_cache": str(fast.folder) if fast else None,
         "ablation": plan.pert_features["ablation"],
@@ -358,6 +373,7 @@ def start(plan: Plan, how: str, notes: Notes) -> dict[str, Any]:
         "folder": str(Path.cwd()),
         "command": list(plan.options.command),
         "toml": {"path": str(plan.toml.absolute()), "sha256": files.sha256_of(plan.toml)},
+        "processes": str(plan.trainer.ranks),
     }
     if step:
         this_start["note"] = "data order and random state start anew"

@@ -177,8 +177,8 @@ def matrices_read(kwargs: Mapping[str, Any]) -> list[str]:
     return sorted(name for name in names if name)
 
 
-def ranks(stock: Mapping[str, Any]) -> int:
-    """Processes that train together: training.devices as Lightning reads it."""
+def devices_of(stock: Mapping[str, Any]) -> int:
+    """Processes that train together on a machine: training.devices as Lightning reads it."""
     return count_devices(stock["training"].get("devices", 1))
 
 

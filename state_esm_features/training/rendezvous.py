@@ -1,0 +1,264 @@
+"""How the processes of a training find each other that srun, torchrun or a hand on every machine
+started: through small files beside the run, on the folder that all machines share.
+
+The first rank writes .NAME.launch: its state, and a beat that counts on while it prepares the run.
+Every other rank waits for it, looks at what was prepared, and answers in .NAME.launch.RANK. What is
+trained is not known here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from state_esm_features.console import InputError, Stopped, announce, some
+from state_esm_features.files import read_json, write_json
+from state_esm_features.training.launch import launch_id
+
+SILENCE_SECONDS = 60.0
+"""Without a beat of the first rank for so long another one gives up."""
+
+BEAT_SECONDS = 1.0
+LOOK_SECONDS = 0.2
+
+GATHER_SECONDS = 3600.0
+"""How long the first rank waits for the others."""
+
+SAY_SECONDS = 60.0
+"""From one 'waiting' to the next."""
+
+
+def sign_path(run_dir: Path) -> Path:
+    """Beside the run, which --overwrite moves."""
+    return run_dir.with_name(f".{run_dir.name}.launch")
+
+
+def answer_path(run_dir: Path, rank: int) -> Path:
+    return run_dir.with_name(f".{run_dir.name}.launch.{rank}")
+
+
+class FirstRank:
+    """What the first rank lets the others know.
+
+    Parameters
+    ----------
+    others
+        Ranks that neither it nor Lightning starts; with none nothing is written.
+    """
+
+    def __init__(self, run_dir: Path, others: Sequence[int]) -> None:
+        self.run_dir, self.others = run_dir, others
+        self.sign: dict[str, Any] = {
+            "start": uuid.uuid4().hex,
+            "launch": launch_id(),
+            "host": platform.node(),
+            "pid": os.getpid(),
+            "beat": 0,
+        }
+        self.lock, self.quiet = threading.Lock(), threading.Event()
+
+    def say(self, state: str, **more: object) -> None:
+        """preparing, ready (run.json is there), training, ended (with code and error)."""
+        if not self.others:
+            return
+        with self.lock:
+            self.sign |= {"state": state, "beat": self.sign["beat"] + 1, **more}
+            write_json(sign_path(self.run_dir), self.sign)
+
+    def beat(self) -> None:
+        """Until the training begins; a beat that cannot be written is left out."""
+        while not self.quiet.wait(BEAT_SECONDS):
+            with contextlib.suppress(InputError):
+                self.say(self.sign["state"])
+
+    def gather(self) -> None:
+        """Wait until every other rank has seen what was prepared, then let all of them train.
+
+        Raises
+        ------
+        InputError
+            One of them cannot train, or has not come.
+        """
+        self.say("ready")
+        begun = said = time.monotonic()
+        while absent := [rank for rank in self.others if not self.has_come(rank)]:
+            moment = time.monotonic()
+            ranks = f"rank {some(absent)} of {len(self.others) + 1} processes"
+            if moment - begun > GATHER_SECONDS:
+                raise InputError(f"{ranks} did not come within {GATHER_SECONDS:,.0f} s")
+            if moment - said > (SAY_SECONDS if said > begun else SAY_SECONDS / 12):
+                announce(f"waiting for {ranks}: start the same command there")
+                said = moment
+            time.sleep(LOOK_SECONDS)
+        self.quiet.set()
+        self.say("training")
+
+    def has_come(self, rank: int) -> bool:
+        """Whether a rank has seen this start."""
+        answer = read_json(answer_path(self.run_dir, rank)) or {}
+        if answer.get("start") != self.sign["start"]:
+            return False
+        if answer["error"]:
+            answer_path(self.run_dir, rank).unlink(missing_ok=True)
+            raise InputError(f"rank {rank} on {answer['host']} cannot train: {answer['error']}")
+        return True
+
+    def end(self, code: int, error: str | None) -> None:
+        """Those who still wait end in the same way; after a training nobody does."""
+        self.quiet.set()
+        if self.sign.get("state") == "training" and not error:
+            sign_path(self.run_dir).unlink(missing_ok=True)
+        else:
+            self.say("ended", code=code, error=error)
+
+
+@contextlib.contextmanager
+def announced(run_dir: Path, others: Sequence[int]) -> Iterator[FirstRank]:
+    """Let ranks that were started elsewhere know that the first one works, and how it ended."""
+    first = FirstRank(run_dir, others)
+    first.say("preparing")
+    if others:
+        threading.Thread(target=first.beat, daemon=True, name="beat").start()
+    try:
+        yield first
+    except BaseException as error:
+        code = getattr(error, "code", 1)
+        text = f"stopped by {error}" if isinstance(error, Stopped) else str(error)
+        with contextlib.suppress(InputError):  # the first error is the one to see
+            first.end(code if isinstance(code, int) else 1, text or type(error).__name__)
+        raise
+    first.end(0, None)
+
+
+class Refused(InputError):
+    """The first rank ended before the training; this one ends with the same code."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def wait_for_first(run_dir: Path, rank: int, check: Callable[[], None]) -> str | None:
+    """Wait for the first rank to prepare the run, and for all others to be there.
+
+    Whether it lives is seen by its beat: clocks of two machines differ.
+
+    Parameters
+    ----------
+    check
+        Raises InputError where this process cannot train what was prepared.
+
+    Returns
+    -------
+    start
+        Name of this start, None if there is nothing to train.
+
+    Raises
+    ------
+    InputError
+        No sign of it; or it has ended, refused or been killed; or this rank comes too late.
+    """
+    answer = answer_path(run_dir, rank)
+    try:
+        return Follower(run_dir, rank).wait(check)
+    finally:
+        # not where the first rank still has to read it
+        if not (read_json(answer) or {}).get("error"):
+            answer.unlink(missing_ok=True)
+
+
+class Follower:
+    """Another rank, which waits for the first one."""
+
+    def __init__(self, run_dir: Path, rank: int) -> None:
+        self.run_dir, self.rank = run_dir, rank
+        self.found: dict[str, Any] | None = None
+        """The sign at the first look: it may be of an earlier start."""
+        self.sign: dict[str, Any] = {}
+        self.alive = False
+        self.answered: str | None = None
+        self.last_beat = time.monotonic()
+
+    def answer(self, error: str | None) -> None:
+        """Also before there is anything to answer to: a folder in which this machine itself wrote
+        something is looked at anew, and not taken from the cache of a network folder."""
+        content = {"start": self.sign.get("start"), "error": error, "host": platform.node()}
+        write_json(answer_path(self.run_dir, self.rank), content)
+
+    def look(self) -> None:
+        """Read the sign; it lives if it has changed since the first look."""
+        sign = read_json(sign_path(self.run_dir)) or {}
+        ours = bool(sign) and sign["launch"] == launch_id()
+        if self.found is None:
+            self.found = sign
+        elif ours and sign != self.found and sign != self.sign:
+            self.alive, self.last_beat = True, time.monotonic()
+        self.sign = sign
+
+    def wait(self, check: Callable[[], None]) -> str | None:
+        said = False
+        self.answer(None)
+        while True:
+            self.look()
+            state = self.sign.get("state") if self.alive else None
+            if state == "ended":
+                self.end_too()
+                return None
+            if state == "ready" and not self.answered:
+                self.see(check)
+            if state == "training":
+                if self.answered != self.sign["start"]:
+                    raise Refused(f"{self.who()} comes too late: {self.holder()} trains", 75)
+                return self.answered
+            silent = time.monotonic() - self.last_beat
+            if silent > SILENCE_SECONDS:
+                raise InputError(self.silence())
+            if silent > SILENCE_SECONDS / 12 and not (self.alive or said):
+                announce(f"{self.who()} waits for the first rank to write {self.run_dir}")
+                said = True
+            time.sleep(LOOK_SECONDS)
+
+    def see(self, check: Callable[[], None]) -> None:
+        """Answer whether this process can train what was prepared."""
+        try:
+            check()
+        except InputError as error:
+            self.answer(str(error))
+            raise
+        self.answer(None)
+        self.answered = self.sign["start"]
+
+    def end_too(self) -> None:
+        if self.sign["code"]:
+            raise Refused(
+                f"{self.who()}: the first rank ended: {self.sign['error']}", self.sign["code"]
+            )
+        announce(f"{self.who()}: there is nothing to train, says the first rank")
+
+    def who(self) -> str:
+        return f"rank {self.rank} on {platform.node()}"
+
+    def holder(self) -> str:
+        return f"process {self.sign['pid']} on {self.sign['host']}"
+
+    def silence(self) -> str:
+        """Why this rank waits no longer."""
+        seconds = f"{SILENCE_SECONDS:g} s"
+        if self.alive:
+            return f"{self.who()}: the first rank, {self.holder()}, has been silent for {seconds}"
+        earlier = ""
+        if self.sign:
+            how = self.sign.get("error") or self.sign["state"]
+            earlier = f". What is there is of an earlier start, {self.holder()}: {how}"
+        return (
+            f"{self.who()}: no sign of the first rank for {seconds} in {sign_path(self.run_dir)}. "
+            "Either it was not started, with the same command, or --output-dir is no folder that "
+            f"all machines share{earlier}"
+        )
