@@ -206,7 +206,7 @@ def train_in(plan: Plan, how: str, first: FirstRank, notes: console.Notes) -> di
     progress.first = progress.step = record["starts"][-1]["from_step"]
     try:
         first.gather()
-        loop.train(progress, record)
+        loop.train(progress, record, first if first.others else None)
     except BaseException as error:
         stopped = isinstance(error, (console.Stopped, KeyboardInterrupt))
         record["status"] = "stopped" if stopped else "failed"

@@ -24,6 +24,7 @@ from state_esm_features.console import (
     InputError,
     Stopped,
     announce,
+    first_line,
     libraries_into,
     on_signals,
     raise_if_stopped,
@@ -36,7 +37,7 @@ from state_esm_features.training.launch import STARTED, Ranks, launcher
 from state_esm_features.training.plan import Plan
 from state_esm_features.training.processes import end_with_parent, loaders_end_with_us
 from state_esm_features.training.progress import Training, note_progress
-from state_esm_features.training.rendezvous import wait_for_first
+from state_esm_features.training.rendezvous import Party, connecting, wait_for_first
 from state_esm_features.training.stock import compose
 from state_esm_features.training.trainer import variables_set
 
@@ -94,6 +95,7 @@ def set_up(state: Training, trainer: Any, module: Any, stage: str) -> None:
 
     trainer.strategy.checkpoint_io = WholeFiles()
     trainer.profiler = LoaderClock()
+    state.connected.set()
     environment = trainer._accelerator_connector.cluster_environment
     if isinstance(environment, SLURMEnvironment):
         # it would write hpc_ckpt_N.ckpt into the working directory
@@ -224,6 +226,8 @@ def on_exception(state: Training, trainer: Any, module: Any, exception: BaseExce
     """Save what a stopped training has reached."""
     if state.started:
         state.step = int(trainer.global_step)
+    # this process ends by itself: Lightning would kill it within seconds of a rank that it started
+    getattr(trainer.strategy.launcher, "procs", []).clear()
     if not (isinstance(exception, Stopped) and state.sound and state.step > state.first):
         return
     trainer.save_checkpoint(state.last_checkpoint)
@@ -285,7 +289,9 @@ def our_callbacks(state: Training, step_checkpoints: int | None) -> list[Any]:
     return callbacks
 
 
-def train(state: Training, record: Mapping[str, Any], first: bool = True) -> None:
+def train(
+    state: Training, record: Mapping[str, Any], party: Party | None = None, first: bool = True
+) -> None:
     """Run the stock training; what it and its libraries say goes to train.log in the run directory.
 
     Parameters
@@ -294,6 +300,8 @@ def train(state: Training, record: Mapping[str, Any], first: bool = True) -> Non
         Filled in as the training runs.
     record
         run.json, with the overrides of the stock configuration.
+    party
+        By which this rank knows of those that were started elsewhere.
     first
         Whether this is the first rank, which alone keeps a log.
 
@@ -319,7 +327,8 @@ def train(state: Training, record: Mapping[str, Any], first: bool = True) -> Non
         appended_callbacks(our_callbacks(state, record["step_checkpoints"])),
     ):
         try:
-            run_tx_train(cfg)
+            with connecting(state.connected, party):
+                run_tx_train(cfg)
         except Exception as error:
             raise in_plain_words(error, state) from error
         finally:
@@ -330,11 +339,21 @@ def train(state: Training, record: Mapping[str, Any], first: bool = True) -> Non
         same_file(state.last_checkpoint.with_name("final.ckpt"), state.last_checkpoint)
 
 
+class LostRank(InputError):
+    """Another rank has ended, by itself or killed."""
+
+
 def in_plain_words(error: Exception, state: Training) -> Exception:
     """What a user can mend, in one line; anything else as it is."""
     import torch
 
     text = str(error).strip()
+    if isinstance(error, torch.distributed.DistError) or re.search(r"gloo.transport|NCCL", text):
+        return LostRank(
+            f"another process of this training has ended, or its machine cannot be reached, at "
+            f"step {state.step:,}; {state.good_checkpoint()}: --resume, started again on every "
+            f"machine ({text.splitlines()[0]})"
+        )
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         where = error.filename or f"{state.run_dir}/..."
         return InputError(
@@ -359,18 +378,28 @@ def follow(run_dir: Path, ranks: Ranks, several_datasets: bool) -> None:
     Lightning (and srun, torchrun, a hand on every machine) starts the same command once for every
     rank; the checks, the lock, moving aside and the manifests are the first one's.
     """
+    follower = None
     if ranks.by_lightning:  # for a process of ours on this machine, which has waited
         end_with_parent()
-    elif not wait_for_first(run_dir, ranks.rank, lambda: check_prepared(run_dir, several_datasets)):
-        return
+    else:
+        check = functools.partial(check_prepared, run_dir, several_datasets)
+        follower = wait_for_first(run_dir, ranks.rank, check)
+        if follower is None:
+            return
+        announce(f"{follower.who()} trains {run_dir} together with {follower.holder()}")
     record = read_json(run_dir / "run.json") or {}
     state = Training(run_dir, record["identity"]["settings"]["training.max_steps"])
     try:
-        train(state, record, first=False)
-    except (Stopped, InputError):
-        # where all ranks stop, the first one says why: a launcher would kill it while it does
-        if not state.together or not (ranks.by_lightning or launcher()):
+        train(state, record, follower, first=False)
+    except (Stopped, Exception) as error:
+        if follower and not state.started:
+            follower.end(1, first_line(error))
+        # of what all ranks notice the first one says why: who started this one would kill it then
+        said = state.together or isinstance(error, LostRank)
+        if not ((said and ranks.by_lightning) or (state.together and launcher())):
             raise
+    if follower:
+        announce(f"{follower.who()}: step {state.step:,} is done; more says the first rank")
 
 
 def check_prepared(run_dir: Path, several_datasets: bool) -> None:

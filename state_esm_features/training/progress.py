@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -45,6 +46,8 @@ class Training:
         The weights are those of a whole step, so that they can be saved.
     together
         The other ranks stop for the same reason.
+    connected
+        With the other ranks, where there are any.
     """
 
     run_dir: Path
@@ -63,6 +66,7 @@ class Training:
     row_step: int = 0
     row_moment: float = 0.0
     row_waited: float = 0.0
+    connected: threading.Event = field(default_factory=threading.Event)
 
     @property
     def last_checkpoint(self) -> Path:

@@ -11,14 +11,15 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import signal
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from state_esm_features.console import InputError, Stopped, announce, some
+from state_esm_features.console import InputError, Stopped, announce, some, warn
 from state_esm_features.files import read_json, write_json
 from state_esm_features.training.launch import launch_id
 
@@ -33,6 +34,9 @@ GATHER_SECONDS = 3600.0
 
 SAY_SECONDS = 60.0
 """From one 'waiting' to the next."""
+
+GRACE_SECONDS = 5.0
+"""In which a process that a signal asks to end does so itself, if it can."""
 
 
 def sign_path(run_dir: Path) -> Path:
@@ -110,6 +114,15 @@ class FirstRank:
             raise InputError(f"rank {rank} on {answer['host']} cannot train: {answer['error']}")
         return True
 
+    def trouble(self) -> str | None:
+        """Why another rank does not come to train after all."""
+        try:
+            for rank in self.others:
+                self.has_come(rank)
+        except InputError as error:
+            return str(error)
+        return None
+
     def end(self, code: int, error: str | None) -> None:
         """Those who still wait end in the same way; after a training nobody does."""
         self.quiet.set()
@@ -145,7 +158,7 @@ class Refused(InputError):
         self.code = code
 
 
-def wait_for_first(run_dir: Path, rank: int, check: Callable[[], None]) -> str | None:
+def wait_for_first(run_dir: Path, rank: int, check: Callable[[], None]) -> Follower | None:
     """Wait for the first rank to prepare the run, and for all others to be there.
 
     Whether it lives is seen by its beat: clocks of two machines differ.
@@ -157,8 +170,8 @@ def wait_for_first(run_dir: Path, rank: int, check: Callable[[], None]) -> str |
 
     Returns
     -------
-    start
-        Name of this start, None if there is nothing to train.
+    follower
+        None if there is nothing to train.
 
     Raises
     ------
@@ -166,8 +179,9 @@ def wait_for_first(run_dir: Path, rank: int, check: Callable[[], None]) -> str |
         No sign of it; or it has ended, refused or been killed; or this rank comes too late.
     """
     answer = answer_path(run_dir, rank)
+    follower = Follower(run_dir, rank)
     try:
-        return Follower(run_dir, rank).wait(check)
+        return follower if follower.wait(check) else None
     finally:
         # not where the first rank still has to read it
         if not (read_json(answer) or {}).get("error"):
@@ -202,7 +216,8 @@ class Follower:
             self.alive, self.last_beat = True, time.monotonic()
         self.sign = sign
 
-    def wait(self, check: Callable[[], None]) -> str | None:
+    def wait(self, check: Callable[[], None]) -> bool:
+        """Whether there is something to train, once all ranks are there."""
         said = False
         self.answer(None)
         while True:
@@ -210,13 +225,13 @@ class Follower:
             state = self.sign.get("state") if self.alive else None
             if state == "ended":
                 self.end_too()
-                return None
+                return False
             if state == "ready" and not self.answered:
                 self.see(check)
             if state == "training":
                 if self.answered != self.sign["start"]:
                     raise Refused(f"{self.who()} comes too late: {self.holder()} trains", 75)
-                return self.answered
+                return True
             silent = time.monotonic() - self.last_beat
             if silent > SILENCE_SECONDS:
                 raise InputError(self.silence())
@@ -242,6 +257,17 @@ class Follower:
             )
         announce(f"{self.who()}: there is nothing to train, says the first rank")
 
+    def trouble(self) -> str | None:
+        """Why the first rank does not train after all."""
+        sign = read_json(sign_path(self.run_dir)) or {}
+        if sign.get("start") != self.answered or sign["state"] != "ended":
+            return None
+        return f"{self.who()}: the first rank ended: {sign['error']}"
+
+    def end(self, code: int, error: str | None) -> None:
+        """Let the first rank know why this one does not train."""
+        self.answer(error)
+
     def who(self) -> str:
         return f"rank {self.rank} on {platform.node()}"
 
@@ -262,3 +288,53 @@ class Follower:
             "Either it was not started, with the same command, or --output-dir is no folder that "
             f"all machines share{earlier}"
         )
+
+
+class Party(Protocol):
+    """One of several ranks, the first or another."""
+
+    def trouble(self) -> str | None: ...
+
+    def end(self, code: int, error: str | None) -> None: ...
+
+
+@contextlib.contextmanager
+def connecting(connected: threading.Event, party: Party | None) -> Iterator[None]:
+    """While the ranks connect, end with one that has ended, and on a signal.
+
+    torch waits for the others for up to half an hour, and no signal handler of Python's runs
+    meanwhile: a thread looks, and ends the process. Once they are connected, each notices the end
+    of another one itself.
+    """
+    if party is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    arrived, wakes = os.pipe()
+    os.set_blocking(arrived, False)
+    os.set_blocking(wakes, False)
+    before = signal.set_wakeup_fd(wakes, warn_on_full_buffer=False)
+
+    def look() -> None:
+        while not connected.wait(LOOK_SECONDS):
+            code, why = 1, party.trouble()
+            with contextlib.suppress(BlockingIOError):
+                stop = Stopped(os.read(arrived, 1)[0])
+                if connected.wait(GRACE_SECONDS):
+                    return
+                code, why = stop.code, f"stopped by {stop}"
+            if why:
+                with contextlib.suppress(InputError):
+                    party.end(code, why)
+                warn(f"{why}; the ranks were not connected yet")
+                os._exit(code)
+
+    thread = threading.Thread(target=look, daemon=True, name="connecting")
+    thread.start()
+    try:
+        yield
+    finally:
+        connected.set()
+        thread.join()
+        signal.set_wakeup_fd(before)
+        os.close(arrived)
+        os.close(wakes)
