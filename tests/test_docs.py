@@ -92,6 +92,7 @@ def test_every_option_that_is_named_exists(name: str) -> None:
     others = {"--model-dir", "--checkpoint", "--include"}  # of state tx infer, predict; extract.py
     others |= {"--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--time", "--signal"}
     others |= {"--requeue", "--open-mode", "--kill-on-bad-exit"}  # of SLURM
+    others |= {"--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint", "--no-python"}
     assert set(re.findall(r"(?<![-\w])--[a-z][a-z-]+", PAGES[name])) - known - others == set()
 
 

@@ -12,6 +12,8 @@ import platform
 import re
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -32,7 +34,7 @@ from test_train_return import (
     step_reached,
     steps_done,
 )
-from test_train_run import make_screen, run_json
+from test_train_run import TINY, checkpoint, make_screen, run_json
 
 HOST = platform.node()
 
@@ -204,6 +206,53 @@ def test_a_refusal_of_the_first_rank_ends_the_others_at_once(
     assert said.startswith("the stock configuration of state says: no model 'none'; models: ")
     assert other.lines == [f"error: rank 1 on {HOST}: the first rank ended: {said}"]
     assert not (tmp_path / "runs/run").exists()
+
+
+def test_a_dry_run_by_hand_says_what_to_type(begin: Start, tmp_path: Path) -> None:
+    run = begin("--max-steps", 1, "--nodes", 2, "--dry-run", env={})
+    assert run.wait() == 0, run.err
+    assert run.out_file.read_text().startswith("PL_TRAINER_NUM_NODES=2 state tx train ")
+    typed = [line.removeprefix("type      ") for line in run.lines if line.startswith("type ")]
+    start = f"MASTER_ADDR={HOST} MASTER_PORT=29500 train-with-esm-features --config config.toml "
+    assert [line.partition("--pert-features")[0] for line in typed] == [
+        f"NODE_RANK={node} {start}" for node in (0, 1)
+    ]
+    assert "--dry-run" not in " ".join(typed) and " --nodes 2 " in typed[0]
+    assert not (tmp_path / "runs").exists()
+
+
+def test_several_machines_cannot_be_started_from_a_notebook(begin: Start, tmp_path: Path) -> None:
+    code = "sys.exit(train_with_esm_features.main(sys.argv[1:]))"
+    run = begin("--max-steps", 1, "--nodes", 2, env=by_hand(0, free_port()), code=code)
+    assert (run.wait(), run.lines) == (
+        1,
+        [
+            "error: --nodes 2 starts the command line again for every machine, which a notebook "
+            "has none of; use !python train_with_esm_features.py"
+        ],
+    )
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_torchrun_starts_both_processes(folder: Path, tmp_path: Path) -> None:
+    words = ["--config", "config.toml", "--pert-features", "features.pt", "--num-workers", "0"]
+    words += ["--max-steps", "2", "--val-freq", "2", "--batch-size", "2", *TINY]
+    words += ["--output-dir", str(tmp_path / "runs"), "--name", "run"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    command += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}"]
+    command += [str(ROOT / "train_with_esm_features.py"), *words]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert (
+        "error: torchrun started 2 on each of 1 (processes, machines), but --nodes 1 "
+        "training.devices=1 asks for 1 on each of 1. Give --nodes 1 training.devices=2 "
+        "training.strategy=ddp, or start torchrun --nnodes=1 --nproc-per-node=1" in done.stderr
+    )
+    command += ["training.devices=2", "training.strategy=ddp"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path}/runs/run\n"), done.stderr
+    assert checkpoint(tmp_path / "runs/run", "final")["global_step"] == 2
 
 
 def test_a_folder_that_is_not_shared_is_said(begin: Start, tmp_path: Path) -> None:

@@ -46,6 +46,7 @@ from state_esm_features.training.stock import (
 )
 from state_esm_features.training.trainer import (
     TrainerSettings,
+    check_logging,
     choose_nodes,
     choose_precision,
     describe_trainer,
@@ -293,6 +294,8 @@ def choose_trainer(
         ranks = Ranks(choose_nodes(training.nodes), devices_of(stock))
     with found.collect():
         precision = choose_precision(training.training_precision, resumed.get("trainer", {}), stock)
+    with found.collect():
+        check_logging(ranks, stock)
     return TrainerSettings(ranks, precision, set_by_user())
 
 

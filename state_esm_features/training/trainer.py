@@ -125,6 +125,22 @@ def choose_precision(
     return precision
 
 
+def check_logging(ranks: Ranks, stock: Mapping[str, Any]) -> None:
+    """run_tx_train writes down the path of the run at Weights & Biases, which Lightning gives to
+    the first process only.
+
+    Raises
+    ------
+    InputError
+        Several processes are to log there.
+    """
+    if stock["use_wandb"] and ranks.number > 1:
+        raise InputError(
+            f"State cannot log to Weights & Biases from several processes ({ranks}): all but the "
+            "first would end with a TypeError. Leave --wandb-project and use_wandb out"
+        )
+
+
 @contextlib.contextmanager
 def variables_set(variables: Mapping[str, str]) -> Iterator[None]:
     """These variables and no other PL_TRAINER_..., while the block runs."""

@@ -17,6 +17,7 @@ from state_esm_features.training.trainer import (
     PRECISION,
     TrainerSettings,
     cells_a_step,
+    check_logging,
     choose_nodes,
     choose_precision,
     describe_trainer,
@@ -165,3 +166,26 @@ def test_sets_of_models_that_state_gives_one_at_a_time() -> None:
     stock = compose(["model=scgpt-genetic"])
     stock["model"]["kwargs"]["cell_sentence_len"] = 32
     assert cells_a_step(Ranks(2, 1), stock).startswith("2 cell sets (64 cells) a step in all, 1 in")
+
+
+def test_weights_and_biases_is_for_one_process() -> None:
+    with_it, without = {"use_wandb": True}, {"use_wandb": False}
+    check_logging(Ranks(), with_it)
+    check_logging(Ranks(1, 2), without)
+    with pytest.raises(InputError) as error:
+        check_logging(Ranks(1, 2), with_it)
+    assert str(error.value) == (
+        "State cannot log to Weights & Biases from several processes (1 x 2): all but the first "
+        "would end with a TypeError. Leave --wandb-project and use_wandb out"
+    )
+
+
+def test_of_a_further_process_lightning_has_no_path_for_weights_and_biases(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The trap that `check_logging` is for."""
+    from lightning.pytorch.loggers import WandbLogger
+    from lightning.pytorch.utilities import rank_zero_only
+
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    assert callable(WandbLogger(project="x", offline=True).experiment.path)
