@@ -487,7 +487,7 @@ def untrained(
 ) -> Train:
     """Run main([...]) where so many loader workers fit; all but the training itself is done."""
     monkeypatch.setenv("PYTHONHASHSEED", "0")
-    monkeypatch.setattr(script.loop, "train", lambda state, record: None)
+    monkeypatch.setattr(script.loop, "train", lambda *_: None)
 
     def run(fitting: int, *arguments: object) -> Result:
         monkeypatch.setattr(plan_module, "choose_workers", lambda *_: fitting)
