@@ -194,7 +194,7 @@ def test_two_machines_train_as_one_end_as_one_and_go_on(
     first, other = machines("--max-steps", step + 1, "--val-freq", 3)
     assert (first.wait(), other.wait()) == (0, 0)  # the number of machines is none of a run's
     assert first.lines[-1] == f"up to date: {run_dir} finished with the same inputs"
-    assert other.lines == [f"rank 1 on {HOST}: there is nothing to train, says the first rank"]
+    assert other.lines == [f"rank 1 on {HOST}: nothing to train, the run is up to date"]
 
 
 def test_a_refusal_of_the_first_rank_ends_the_others_at_once(
@@ -308,6 +308,23 @@ def test_ctrl_c_ends_a_process_that_waits_for_the_connection(begin: Start, tmp_p
     )
 
 
+def test_a_port_that_is_taken_is_said(begin: Start) -> None:
+    """The other process connects to whoever has it, and ends with the first rank."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        words = ("--max-steps", 1, "--nodes", 2)
+        other, first = (begin(*words, env=by_hand(node, port)) for node in (1, 0))
+        said = f"MASTER_PORT={port} is taken on {HOST}: name another one on every machine"
+        assert (first.wait(), first.lines[-1]) == (1, f"error: {said}")
+        assert (other.wait(), other.lines[-1]) == (
+            1,
+            f"warning: rank 1 on {HOST}: the first rank ended: {said}; the ranks were not "
+            "connected yet",
+        )
+
+
 def slurm(node: int, port: int) -> dict[str, str]:
     """Environment of a task of srun --nodes=2 --ntasks-per-node=1."""
     return {
@@ -344,7 +361,7 @@ def test_processes_of_a_launcher_train_together(
     assert_finished(first, tmp_path / "runs/run", 2)
     assert (other.wait(), other.lines[-1]) == (
         0,
-        f"rank 1 on {HOST}: step 2 is done; more says the first rank",
+        f"rank 1 on {HOST}: finished with step 2; see the first rank",
     )
     assert names(tmp_path / "runs") == [".run.lock", "run"]
 

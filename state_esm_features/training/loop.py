@@ -348,11 +348,16 @@ def in_plain_words(error: Exception, state: Training) -> Exception:
     import torch
 
     text = str(error).strip()
+    if "EADDRINUSE" in text:
+        return InputError(
+            f"MASTER_PORT={os.environ.get('MASTER_PORT')} is taken on {platform.node()}: name "
+            "another one on every machine"
+        )
     if isinstance(error, torch.distributed.DistError) or re.search(r"gloo.transport|NCCL", text):
         return LostRank(
             f"another process of this training has ended, or its machine cannot be reached, at "
             f"step {state.step:,}; {state.good_checkpoint()}: --resume, started again on every "
-            f"machine ({text.splitlines()[0]})"
+            f"machine ({first_line(error)})"
         )
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         where = error.filename or f"{state.run_dir}/..."
@@ -368,8 +373,9 @@ def in_plain_words(error: Exception, state: Training) -> Exception:
         what = "the checkpoint is of another model than this configuration"
     else:
         return error
-    first_line = text.splitlines()[0] if text else type(error).__name__
-    return InputError(f"{what} (at step {state.step:,}; {state.good_checkpoint()}): {first_line}")
+    return InputError(
+        f"{what} (at step {state.step:,}; {state.good_checkpoint()}): {first_line(error)}"
+    )
 
 
 def follow(run_dir: Path, ranks: Ranks, several_datasets: bool) -> None:
@@ -399,7 +405,7 @@ def follow(run_dir: Path, ranks: Ranks, several_datasets: bool) -> None:
         if not ((said and ranks.by_lightning) or (state.together and launcher())):
             raise
     if follower:
-        announce(f"{follower.who()}: step {state.step:,} is done; more says the first rank")
+        announce(f"{follower.who()}: finished with step {state.step:,}; see the first rank")
 
 
 def check_prepared(run_dir: Path, several_datasets: bool) -> None:

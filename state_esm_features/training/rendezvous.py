@@ -94,11 +94,13 @@ class FirstRank:
         begun = said = time.monotonic()
         while absent := [rank for rank in self.others if not self.has_come(rank)]:
             moment = time.monotonic()
-            ranks = f"rank {some(absent)} of {len(self.others) + 1} processes"
+            advice = "start the same command on every machine"
             if moment - begun > GATHER_SECONDS:
-                raise InputError(f"{ranks} did not come within {GATHER_SECONDS:,.0f} s")
+                raise InputError(
+                    f"rank {some(absent)} did not come within {GATHER_SECONDS:,.0f} s: {advice}"
+                )
             if moment - said > (SAY_SECONDS if said > begun else SAY_SECONDS / 12):
-                announce(f"waiting for {ranks}: start the same command there")
+                announce(f"waiting for rank {some(absent)}: {advice}")
                 said = moment
             time.sleep(LOOK_SECONDS)
         self.quiet.set()
@@ -255,7 +257,7 @@ class Follower:
             raise Refused(
                 f"{self.who()}: the first rank ended: {self.sign['error']}", self.sign["code"]
             )
-        announce(f"{self.who()}: there is nothing to train, says the first rank")
+        announce(f"{self.who()}: nothing to train, the run is up to date")
 
     def trouble(self) -> str | None:
         """Why the first rank does not train after all."""
