@@ -67,7 +67,13 @@ def nodes_started() -> int:
     by = launcher()
     if by == "torchrun":
         return max(1, whole("WORLD_SIZE", 1) // max(1, whole("LOCAL_WORLD_SIZE", 1)))
-    return whole("SLURM_NNODES", 1) if by else 1
+    return whole("SLURM_NNODES", 1) if by and in_a_step() else 1
+
+
+def in_a_step() -> bool:
+    """Whether srun itself started this process: a job script has the other variables too, and may
+    train in one process, whatever the job was given."""
+    return "SLURM_STEP_ID" in os.environ
 
 
 def launch_id() -> str | None:
@@ -153,9 +159,10 @@ def check_torchrun(ranks: Ranks, command: Sequence[str]) -> None:
 
 def check_srun(ranks: Ranks, command: Sequence[str]) -> None:
     """SLURM decides; Lightning asks for --ntasks-per-node where there are several tasks."""
-    nodes, tasks = nodes_started(), whole("SLURM_NTASKS", 1)
+    nodes, tasks = whole("SLURM_NNODES", 1), whole("SLURM_NTASKS", 1)
     each = whole("SLURM_NTASKS_PER_NODE", 1 if tasks == 1 else 0)
-    if (nodes, tasks, each) == (ranks.nodes, ranks.number, ranks.devices):
+    alone = ranks.number == 1 and not in_a_step()
+    if alone or (nodes, tasks, each) == (ranks.nodes, ranks.number, ranks.devices):
         return
     by_node = f"--ntasks-per-node={each}" if each else "without --ntasks-per-node"
     fitting = tasks // nodes if tasks % nodes == 0 else 0

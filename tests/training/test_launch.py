@@ -37,6 +37,8 @@ TORCHRUN = {
     **{"TORCHELASTIC_RUN_ID": "abc", "RANK": "3", "LOCAL_RANK": "1", "GROUP_RANK": "1"},
     **{"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
 }
+ALONE = {"SLURM_NTASKS": "3", "SLURM_NNODES": "1", "SLURM_NTASKS_PER_NODE": "3"}
+"""Of a job script, without srun."""
 HAND = {"NODE_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "29500"}
 
 
@@ -94,6 +96,8 @@ def test_nodes_are_those_that_srun_or_torchrun_started(monkeypatch: pytest.Monke
     assert nodes_started() == 1  # by hand: --nodes says it
     put(monkeypatch, {**SRUN, "SLURM_NNODES": "3"})
     assert nodes_started() == 3
+    monkeypatch.delenv("SLURM_STEP_ID")
+    assert nodes_started() == 1  # in the job script, without srun
     put(monkeypatch, TORCHRUN)
     assert nodes_started() == 2
 
@@ -125,7 +129,8 @@ def test_ranks_that_others_start(monkeypatch: pytest.MonkeyPatch) -> None:
         (HAND, Ranks(2, 1)),
         (HAND, Ranks(2, 4)),
         (SRUN, Ranks(2, 2)),
-        ({"SLURM_NTASKS": "1"}, Ranks(1, 1)),
+        ({"SLURM_NTASKS": "1", "SLURM_STEP_ID": "0"}, Ranks(1, 1)),
+        (ALONE, Ranks(1, 1)),
         ({**SRUN, "SLURM_JOB_NAME": "bash"}, Ranks(1, 4)),
         (TORCHRUN, Ranks(2, 2)),
     ],
@@ -165,7 +170,7 @@ def test_what_was_started_as_asked_for_goes_on(
             "command with srun",
         ),
         (
-            {"SLURM_NTASKS": "3", "SLURM_NNODES": "1", "SLURM_NTASKS_PER_NODE": "3"},
+            {**ALONE, "SLURM_STEP_ID": "0"},
             Ranks(1, 1),
             "SLURM started --ntasks=3 on --nodes=1 (--ntasks-per-node=3), but --nodes 1 "
             "training.devices=1 asks for 1 on each of 1. Write into the job script\n"
