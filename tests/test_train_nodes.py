@@ -293,11 +293,16 @@ def test_ctrl_c_ends_a_process_that_waits_for_the_connection(begin: Start, tmp_p
     never += "d.init_process_group = lambda *a, **k: time.sleep(1e6); "
     notes = "import torch.distributed as d; real = d.init_process_group; "
     notes += f"d.init_process_group = lambda *a, **k: (open({str(here)!r}, 'w'), real(*a, **k)); "
-    notes += "import state_esm_features.training.rendezvous as r; r.GRACE_SECONDS = 0.5; "
+    notes += "import state_esm_features.training.rendezvous as r; "
+    notes += "r.GRACE_SECONDS = r.SAY_SECONDS = 0.5; "
     port, words = free_port(), ("--nodes", 2, "--max-steps", 1)
     other = begin(*words, env=by_hand(1, port), code=never + MAIN_CODE)
     first = begin(*words, env=by_hand(0, port), code=notes + MAIN_CODE)
-    first.until(lambda: here.exists() and asleep(first.pid))
+    still = (
+        "still connecting with the other ranks; if one of them has ended, stop this one, and start "
+        "again on every machine"
+    )
+    first.until(lambda: still in first.lines and here.exists() and asleep(first.pid))
     first.send(signal.SIGINT)
     assert first.wait() == 130
     assert first.lines[-1] == "warning: stopped by Ctrl-C; the ranks were not connected yet"

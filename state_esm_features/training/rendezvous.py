@@ -317,7 +317,14 @@ def connecting(connected: threading.Event, party: Party | None) -> Iterator[None
     before = signal.set_wakeup_fd(wakes, warn_on_full_buffer=False)
 
     def look() -> None:
+        say_at = time.monotonic() + SAY_SECONDS
         while not connected.wait(LOOK_SECONDS):
+            if time.monotonic() > say_at:
+                announce(
+                    "still connecting with the other ranks; if one of them has ended, stop this "
+                    "one, and start again on every machine"
+                )
+                say_at = float("inf")
             code, why = 1, party.trouble()
             with contextlib.suppress(BlockingIOError):
                 stop = Stopped(os.read(arrived, 1)[0])
