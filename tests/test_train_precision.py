@@ -106,7 +106,7 @@ def test_another_precision_is_refused(
 ) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    done = train(folder, "--name", "other", "--max-steps", 1, *words)
+    done = train(folder, "--max-steps", 1, *words)
     assert done.code == (2 if words else 1)
     assert done.err.splitlines()[-1].replace("32-true, bf16-mixed", "'32-true', 'bf16-mixed'") == (
         said
