@@ -32,6 +32,10 @@ settings.register_profile(
 )
 settings.load_profile("patient")
 
+# a shell starts what is in its background with Ctrl-C ignored, and all that this starts inherits it
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 if "PYTEST_XDIST_WORKER" in os.environ:  # several tests at once: a core for each
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
