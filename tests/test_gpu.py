@@ -190,13 +190,15 @@ def stock(name: str, folder: Path) -> list[object]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of runs, trained at once: stock, again (stock), ours, bf16 (ours), fewer (ours)."""
+    """Folder of runs, trained at once: stock and ours, twice stock, both in bfloat16, and ours of
+    fewer steps."""
     folder = tmp_path_factory.mktemp("project")
     write_project(folder)
-    commands = {name: stock(name, folder) for name in ("stock", "again")}
-    commands |= {name: ours(name, STEPS) for name in ("ours", "bf16")}
+    commands = {name: stock(name, folder) for name in ("stock", "again", "stock_bf16")}
+    commands["ours"] = ours("ours", STEPS)
+    commands["bf16"] = ours("bf16", STEPS, "--training-precision=bf16-mixed")
     commands["fewer"] = ours("fewer", FEWER)
-    env = {"bf16": {"PL_TRAINER_PRECISION": "bf16-mixed"}}
+    env = {"stock_bf16": {"PL_TRAINER_PRECISION": "bf16-mixed"}}
     started = [begin(command, folder, **env.get(n, {})) for n, command in commands.items()]
     for process in started:
         finish(process)
@@ -238,6 +240,9 @@ def test_bfloat16_trains(runs: Path, record_property: Record) -> None:
     assert all(value.isfinite().all() for value in half.values())
     record_property("largest difference to float32", f"{difference(half, single):.1e}")
     assert difference(half, single) > 0
+    of_stock = difference(half, trained(runs / "stock_bf16"))
+    record_property("largest difference of ours to stock in bfloat16", f"{of_stock:.1e}")
+    assert of_stock < difference(half, single)
 
 
 def test_a_run_is_resumed(runs: Path) -> None:

@@ -107,6 +107,7 @@ def words_of(run: str, precision: str, setting: Setting) -> list[str]:
         words += [f"--num-workers={setting.workers}", f"--max-steps={steps}"]
         words += ["--val-freq=100000", f"--name={name}"]
         words += ["--fast-loading=sorted"] if "--fast-loading" in run else []
+        words += [f"--training-precision={precision}"] if precision != "float32" else []
         return [*words, *setting.model]
     kwargs = {
         "toml_config_path": "raw.toml",
@@ -247,7 +248,8 @@ def train(run: str, precision: str, folder: Path, device: str, setting: Setting)
     # every run begins without a validation; huge pages are what our command sets by itself
     env = on_device(device) | {"PL_TRAINER_NUM_SANITY_VAL_STEPS": "0"}
     env |= {"THP_MEM_ALLOC_ENABLE": "1"} if run.startswith("ours") else {}
-    env |= {} if precision == "float32" else {"PL_TRAINER_PRECISION": precision}
+    stock_in_half = precision != "float32" and not run.startswith("ours")
+    env |= {"PL_TRAINER_PRECISION": precision} if stock_in_half else {}
     start = time.monotonic()
     with GpuUse(device) as use, report.with_suffix(".log").open("w") as log:
         code = run_for(PATIENCE, command, cwd=folder, env=env, stdout=log, stderr=log)
