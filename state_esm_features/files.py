@@ -102,6 +102,11 @@ def write_whole(path: Path, write: Callable[[Any], Any]) -> None:
         pass
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write text whole or not at all."""
+    write_whole(path, lambda f: f.write(text.encode()))
+
+
 def as_json(content: Mapping[str, Any]) -> bytes:
     """JSON text, keys in the order given."""
     return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()

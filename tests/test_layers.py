@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT
 
 PACKAGE = "state_esm_features"
-SCRIPTS = ("create_esm_pert_features", "train_with_esm_features")
+SCRIPTS = ("create_esm_pert_features", "train_with_esm_features", "evaluation.__main__")
 
 FLOORS = (
     ("console", "files", "options", "option_values", "option_groups", "option_rules", "results"),
@@ -44,6 +44,12 @@ FLOORS = (
         *("training.processes", "training.loop", "training.trained_run", "training.templates"),
         *("training.undo", "training.new_labels"),
     ),
+    (
+        *("evaluation.design", "evaluation.groups", "evaluation.intervals", "evaluation.cells"),
+        *("evaluation.effects", "evaluation.planted", "evaluation.summary", "evaluation.conclude"),
+        *("evaluation.table", "evaluation.picture", "evaluation.settings", "evaluation.study"),
+        *("evaluation.commands", "evaluation.runs"),
+    ),
 )
 """Every module of the package, from the ground up."""
 
@@ -58,7 +64,8 @@ def sources() -> dict[str, str]:
         for path in folder.rglob("*.py")
         if path.name != "__init__.py"
     }
-    return modules | {name: (ROOT / f"{name}.py").read_text() for name in SCRIPTS}
+    commands = [name for name in SCRIPTS if name not in modules]
+    return modules | {name: (ROOT / f"{name}.py").read_text() for name in commands}
 
 
 def imports(source: str) -> Iterator[str]:
@@ -135,8 +142,8 @@ def long_functions(modules: Mapping[str, str]) -> list[str]:
 
 SPEAKERS = {
     *("files", "embedding.downloads", "embedding.cache", "embedding.embed"),
-    *("training.fast_copies", "training.checkpoints", "training.loop"),
-    "training.rendezvous",
+    *("training.fast_copies", "training.checkpoints", "training.rendezvous", "training.loop"),
+    "evaluation.runs",
 }
 """Modules that speak while they work, through `console`: progress, downloads, waiting, damage."""
 

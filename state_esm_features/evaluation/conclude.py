@@ -1,0 +1,193 @@
+"""What the figures allow to say, in three sentences.
+
+Pure: figures in, sentences out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from state_esm_features.console import count
+from state_esm_features.evaluation.intervals import Interval
+
+FEW = 10
+"""Perturbations below which a bootstrap's interval is known to be too narrow."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Correlations of predicted with true effects of unseen perturbations.
+
+    Attributes
+    ----------
+    own, shuffled
+        Means.
+    difference
+        own - shuffled, paired by perturbation and seed.
+    """
+
+    own: float
+    shuffled: float
+    difference: Interval
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What was found.
+
+    Attributes
+    ----------
+    real
+        On the screen itself; None if it was not compared.
+    planted
+        {strength: on the screen whose response was made of the vectors}.
+    effect
+        RMS of the real effects less their noise, as planted at strength 1; None if not measured.
+    baselines
+        {method: mean} of what reads no vectors, on the screen itself.
+    """
+
+    real: Comparison | None
+    planted: Mapping[float, Comparison] = field(default_factory=dict)
+    effect: float | None = None
+    baselines: Mapping[str, float] = field(default_factory=dict)
+
+
+def number(value: float) -> str:
+    """Two digits behind the point, and never '-0.00'."""
+    if not math.isfinite(value):
+        return "unknown"
+    return f"{round(value, 2) + 0.0:.2f}"
+
+
+def with_interval(interval: Interval) -> str:
+    """'0.31 (95 % interval 0.25 to 0.36)'."""
+    if not math.isfinite(interval.low):
+        of = f"{count(interval.perturbations, 'perturbation')}, {count(interval.seeds, 'seed')}"
+        return f"{number(interval.mean)} (no interval: {of})"
+    ends = f"{number(interval.low)} to {number(interval.high)}"
+    return f"{number(interval.mean)} (95 % interval {ends})"
+
+
+def strength_words(strength: float) -> str:
+    """How strong the planted effects were, against the real ones."""
+    if strength == 1:
+        return "as strong as this screen's real effects"
+    if strength == 0:
+        return "of no strength"
+    return f"{strength:g} times as strong as this screen's real effects"
+
+
+def reference(planted: Mapping[float, Comparison]) -> float:
+    """The strength that decides: 1, or the nearest to it by ratio."""
+    return min(planted, key=lambda s: (abs(math.log(s)) if s else math.inf, s))
+
+
+def conclude(evidence: Evidence) -> list[str]:
+    """Three sentences: could it be seen, was it seen, what follows.
+
+    'better' is said of an interval that lies above zero, and of no other.
+    """
+    return [_could_be_seen(evidence), _was_seen(evidence), _what_follows(evidence)]
+
+
+def control_failed(evidence: Evidence) -> bool:
+    """Whether the positive control could not be seen."""
+    if not evidence.planted:
+        return False
+    return not evidence.planted[reference(evidence.planted)].difference.above_zero
+
+
+def _could_be_seen(evidence: Evidence) -> str:
+    if not evidence.planted:
+        return (
+            "There was no positive control (--planted), so nothing tells whether this screen, with "
+            "this model and these steps, could show that vectors help if they did."
+        )
+    strength = reference(evidence.planted)
+    found = evidence.planted[strength]
+    made = f"where the response was made of the vectors, {strength_words(strength)}"
+    figures = f"own less shuffled vectors is {with_interval(found.difference)}"
+    if control_failed(evidence):
+        lower = [s for s, x in evidence.planted.items() if x.difference.above_zero]
+        also = f"; it is seen at a strength of {min(lower):g}" if lower else ""
+        if evidence.effect == 0:
+            also = "; the real effects cannot be told from noise: halves of their cells disagree"
+        return (
+            f"The positive control cannot be seen: even {made}, {figures} on unseen perturbations"
+            f"{also}. No result on the real cells says anything."
+        )
+    weakest = min(s for s, x in evidence.planted.items() if x.difference.above_zero)
+    also = f", and it is seen down to a strength of {weakest:g}" if weakest < strength else ""
+    return (
+        f"This screen can show it: {made}, own vectors predict unseen perturbations better than "
+        f"shuffled ones, and {figures}{also}."
+    )
+
+
+def _was_seen(evidence: Evidence) -> str:
+    real = evidence.real
+    if real is None:
+        return "On the real cells nothing was compared."
+    found = real.difference
+    of = f"of {count(found.perturbations, 'unseen perturbation')}, {count(found.seeds, 'seed')}"
+    means = (
+        f"the correlation of predicted with true effects is {number(real.own)} with own and "
+        f"{number(real.shuffled)} with shuffled vectors ({of}), a difference of "
+        f"{with_interval(found)}"
+    )
+    if control_failed(evidence):
+        return f"For the record, on the real cells {means}: not to be read as a result."
+    if found.above_zero:
+        return f"On the real cells own vectors do better than shuffled ones: {means}."
+    if found.below_zero:
+        return f"On the real cells own vectors do worse than shuffled ones: {means}."
+    holds = ", which holds zero" if math.isfinite(found.low) else ""
+    return f"On the real cells no difference can be told: {means}{holds}."
+
+
+def _what_follows(evidence: Evidence) -> str:
+    real = evidence.real
+    if control_failed(evidence):
+        return (
+            "What to do: more unseen perturbations, cells, seeds (--seeds) or steps (--max-steps), "
+            "or other settings of the model, until the positive control is seen; until then do "
+            "not choose vectors by this screen."
+        )
+    if real is None:
+        return "What to do: run it again with own and shuffled vectors."
+    caution = _caution(real.difference)
+    if real.difference.above_zero:
+        best = max(evidence.baselines, key=lambda m: evidence.baselines[m], default=None)
+        if best and evidence.baselines[best] >= real.own:
+            return (
+                f"So the vectors tell State something about genes that it has not seen, but {best},"
+                f" which reads no vectors, has a correlation of {number(evidence.baselines[best])}:"
+                f" these vectors alone are no reason to predict unseen genes with this "
+                f"model{caution}."
+            )
+        return (
+            "So the vectors tell State something about genes that it has not seen, in this split, "
+            f"with this model and these steps; other splits were not tried{caution}."
+        )
+    if real.difference.below_zero:
+        return (
+            "So nothing speaks for these vectors here; vectors that do worse than mixed-up ones "
+            f"are a reason to look for mixed-up labels or too few perturbations{caution}."
+        )
+    limit = real.difference.high
+    bound = f"a gain of more than {number(limit)} is unlikely" if math.isfinite(limit) else ""
+    bound = bound or "an interval needs two perturbations and two seeds (--seeds)"
+    return (
+        f"So nothing here speaks for these vectors, and nothing proves them useless: {bound}, a "
+        f"smaller one would not be seen. Choose by cost, or test on more perturbations{caution}."
+    )
+
+
+def _caution(interval: Interval) -> str:
+    if interval.perturbations >= FEW:
+        return ""
+    of = count(interval.perturbations, "perturbation")
+    return f" ({of}: the true interval is wider than the one shown)"
