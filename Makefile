@@ -21,8 +21,7 @@ docs: $(VENV)/installed
 	$(BIN)/python tests/options_page.py
 
 evaluate: $(VENV)/installed
-	$(BIN)/python tests/benchmarks/evaluate.py
-	$(if $(NORMAN),$(BIN)/python tests/benchmarks/evaluate.py --norman $(NORMAN))
+	@$(BIN)/python tests/run_evaluation.py $(if $(NORMAN),--norman $(NORMAN)) $(if $(TABLE),--table $(TABLE))
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest $(AT_ONCE) -m "not slow and not gpu"

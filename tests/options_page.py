@@ -1,4 +1,4 @@
-"""docs/options.md, made from the parsers of both commands.
+"""docs/options.md, made from the parsers of the commands.
 
 python tests/options_page.py    # writes it anew
 """
@@ -17,9 +17,10 @@ INTRODUCTION = """# All options
 ```bash
 create-esm-pert-features --help
 train-with-esm-features --help
+evaluate-esm-features --help
 ```
 
-This page is made from the two commands themselves (`make docs`).
+This page is made from the commands themselves (`make docs`).
 """
 
 
@@ -53,8 +54,13 @@ def page() -> str:
     """The whole page."""
     import create_esm_pert_features as create
     import train_with_esm_features as train
+    from state_esm_features.evaluation import __main__ as evaluate
 
-    commands = {"create-esm-pert-features": create, "train-with-esm-features": train}
+    commands = {
+        "create-esm-pert-features": create,
+        "train-with-esm-features": train,
+        "evaluate-esm-features": evaluate,
+    }
     texts = [section(name, script.build_parser()) for name, script in commands.items()]
     return "\n\n".join([INTRODUCTION.strip(), *texts]).strip() + "\n"
 

@@ -56,7 +56,7 @@ NEXT = """\
 What next?
   your own screen     README.md, "Your own screen"
   new genes           README.md, "Predict, and add new genes"
-  make evaluate       more vectors and State's own baselines on this screen; takes longer"""
+  make evaluate       what an evaluation of this screen says; takes longer"""
 
 
 def short(words: Sequence[object]) -> str:

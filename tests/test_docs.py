@@ -22,6 +22,7 @@ from packaging.utils import canonicalize_name
 import create_esm_pert_features
 import state_esm_features
 import train_with_esm_features
+from state_esm_features.evaluation import __main__ as evaluation
 from state_esm_features.experiment import experiment_problems, load_experiment
 from state_esm_features.option_groups import PERT_COLUMNS
 
@@ -29,6 +30,8 @@ SCRIPTS = {
     "create_esm_pert_features": create_esm_pert_features,
     "train_with_esm_features": train_with_esm_features,
 }
+COMMANDS = {**SCRIPTS, "state_esm_features.evaluation.__main__": evaluation}
+"""{module: it} of what is typed on a command line."""
 CODE = [*ROOT.glob("*.py"), *(ROOT / "state_esm_features").rglob("*.py")]
 README = (ROOT / "README.md").read_text()
 PAGES = {p.name: p.read_text() for p in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
@@ -65,7 +68,7 @@ def test_readme_is_short() -> None:
 def test_a_page_opens_with_the_command_it_is_about(name: str) -> None:
     before, block, _ = PAGES[name].split("```", 2)
     assert re.fullmatch(r"# .+\n\n", before) or name in ("README.md", "cron_and_slurm.md"), before
-    assert re.search(r"create.esm.pert|train.with.esm|make |pip ", block), block
+    assert re.search(r"create.esm.pert|train.with.esm|evaluate-esm|make |pip ", block), block
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -88,7 +91,7 @@ def test_every_page_is_linked_from_the_readme() -> None:
 
 @pytest.mark.parametrize("name", PAGES)
 def test_every_option_that_is_named_exists(name: str) -> None:
-    known = {o for m in SCRIPTS.values() for o in options(m.build_parser())}
+    known = {o for m in COMMANDS.values() for o in options(m.build_parser())}
     others = {"--model-dir", "--checkpoint", "--include"}  # of state tx infer, predict; extract.py
     others |= {"--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--time", "--signal"}
     others |= {"--requeue", "--open-mode", "--kill-on-bad-exit"}  # of SLURM
@@ -101,7 +104,8 @@ def commands(text: str) -> list[tuple[str, list[str]]]:
     found = []
     for line in blocks(text).splitlines():
         for command in line.split("&&"):
-            called = re.search(r"(?:create-esm-pert|train-with-esm)-features .*", command)
+            names = r"(?:create-esm-pert|train-with-esm|evaluate-esm)-features .*"
+            called = re.search(names, command)
             if called:
                 script, *words = shlex.split(called[0], comments=True)
                 found.append((script.replace("-", "_"), words))
@@ -112,7 +116,8 @@ def test_commands_parse() -> None:
     parsed = 0
     for name, words in (c for text in PAGES.values() for c in commands(text)):
         if "--help" not in words:
-            getattr(SCRIPTS[name], "parse", SCRIPTS[name].build_parser().parse_args)(words)
+            module = SCRIPTS.get(name, evaluation)
+            getattr(module, "parse", module.build_parser().parse_args)(words)
         parsed += 1
     assert parsed >= 25
 
@@ -175,6 +180,7 @@ def test_console_commands_and_modules_exist() -> None:
     assert scripts == {
         "create-esm-pert-features": "create_esm_pert_features:main",
         "train-with-esm-features": "train_with_esm_features:main",
+        "evaluate-esm-features": "state_esm_features.evaluation.__main__:main",
     }
     assert PYPROJECT["tool"]["setuptools"]["py-modules"] == list(SCRIPTS)
     assert state_esm_features.__version__ == PYPROJECT["project"]["version"]
@@ -192,12 +198,12 @@ def test_the_wheel_has_both_commands_and_their_parts(tmp_path: Path) -> None:
     torch.save({"A": torch.tensor([1.0, 2.0])}, tmp_path / "t.pt")
     (tmp_path / "g.txt").write_text("A\n")
     env = {**os.environ, "PYTHONPATH": str(site)}
-    for name in SCRIPTS:
+    for name, module in (*SCRIPTS.items(), ("evaluate_esm_features", evaluation)):
         command = site / "bin" / name.replace("_", "-")
         help_text = subprocess.run(
             [sys.executable, command, "--help"], capture_output=True, text=True, env=env
         )
-        assert help_text.stdout == SCRIPTS[name].build_parser().format_help(), help_text.stderr
+        assert help_text.stdout == module.build_parser().format_help(), help_text.stderr
     words = ["--gene-list", "g.txt", "--esm-embeddings", "t.pt", "--output", "f.pt"]
     done = subprocess.run(
         [sys.executable, site / "bin" / "create-esm-pert-features", *words],
@@ -224,7 +230,7 @@ def test_a_script_copied_alone_says_what_it_needs(script: str, tmp_path: Path) -
     )
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", COMMANDS)
 def test_help_imports_nothing_heavy(script: str, tmp_path: Path) -> None:
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {script} as s\n"
@@ -238,7 +244,7 @@ def test_help_imports_nothing_heavy(script: str, tmp_path: Path) -> None:
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     assert done.stderr == "[]\n"
-    for option in options(SCRIPTS[script].build_parser()):
+    for option in options(COMMANDS[script].build_parser()):
         assert option in done.stdout
 
 

@@ -26,12 +26,12 @@ from typing import TYPE_CHECKING, Any
 
 from state_esm_features import __version__, console
 from state_esm_features.evaluation import design, runs
-from state_esm_features.evaluation.conclude import Comparison, Evidence, conclude
+from state_esm_features.evaluation.conclude import Evidence, comparison, conclude
 from state_esm_features.evaluation.groups import UNSEEN
 from state_esm_features.evaluation.picture import draw
 from state_esm_features.evaluation.settings import DATA, TRAINING, EvaluationOptions
 from state_esm_features.evaluation.study import Study, describe, disk_short, identity, make_study
-from state_esm_features.evaluation.summary import DIFFERENCE, interval, summarise
+from state_esm_features.evaluation.summary import interval, summarise
 from state_esm_features.evaluation.table import as_markdown, as_tsv
 from state_esm_features.experiment import features_section, note_section
 from state_esm_features.files import read_json, run_lock, write_json, write_text, write_whole
@@ -138,16 +138,11 @@ def require_same(study: Study) -> None:
 
 def evidence(study: Study, figures: pd.DataFrame) -> Evidence:
     """What the sentences are made of."""
-    compared: dict[str, Comparison] = {}
-    for screen in dict.fromkeys(model.screen for model in study.models):
-        difference = interval(figures, screen, UNSEEN, DIFFERENCE)
-        own, shuffled = (interval(figures, screen, UNSEEN, m) for m in design.CONTROLLED)
-        if difference and own and shuffled:
-            compared[screen] = Comparison(own.mean, shuffled.mean, difference)
+    planted = {s: comparison(figures, design.screen_name(s)) for s in study.strengths}
     baselines = {m: interval(figures, design.REAL, UNSEEN, m) for m in design.BASELINES}
     return Evidence(
-        real=compared.get(design.REAL),
-        planted={s: compared[design.screen_name(s)] for s in study.strengths},
+        real=comparison(figures, design.REAL),
+        planted={strength: found for strength, found in planted.items() if found},
         effect=(read_json(study.folder / runs.REAL_EFFECTS) or {}).get("rms"),
         baselines={m: found.mean for m, found in baselines.items() if found},
     )

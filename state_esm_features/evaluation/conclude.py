@@ -8,9 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from state_esm_features.console import count
+from state_esm_features.evaluation.design import CONTROLLED
+from state_esm_features.evaluation.groups import UNSEEN
 from state_esm_features.evaluation.intervals import Interval
+from state_esm_features.evaluation.summary import DIFFERENCE, interval
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 FEW = 10
 """Perturbations below which a bootstrap's interval is known to be too narrow."""
@@ -53,6 +60,16 @@ class Evidence:
     planted: Mapping[float, Comparison] = field(default_factory=dict)
     effect: float | None = None
     baselines: Mapping[str, float] = field(default_factory=dict)
+
+
+def comparison(figures: pd.DataFrame, screen: str) -> Comparison | None:
+    """That of a screen, from what `summarise` returns; None where one of the two is lacking."""
+    own, shuffled, difference = (
+        interval(figures, screen, UNSEEN, method) for method in (*CONTROLLED, DIFFERENCE)
+    )
+    if not (own and shuffled and difference):
+        return None
+    return Comparison(own.mean, shuffled.mean, difference)
 
 
 def number(value: float) -> str:

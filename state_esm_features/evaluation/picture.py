@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from state_esm_features.console import count
-from state_esm_features.evaluation.design import METHODS, REAL
+from state_esm_features.evaluation.design import METHODS
 from state_esm_features.evaluation.groups import SEEN, UNSEEN
 from state_esm_features.evaluation.summary import ALL, DIFFERENCE, PRIMARY
 from state_esm_features.evaluation.table import title
@@ -24,6 +24,10 @@ STYLE: Mapping[str, tuple[str, str, float]] = {
 """{group: colour, marker, shift}; two colours that the colour-blind can tell apart."""
 
 
+LIMIT = 1.05
+"""Correlations are within 1."""
+
+
 def draw(figures: pd.DataFrame, scores: pd.DataFrame, name: str) -> Figure:
     """Correlations of every method, a panel a screen, and own - shuffled below.
 
@@ -38,16 +42,18 @@ def draw(figures: pd.DataFrame, scores: pd.DataFrame, name: str) -> Figure:
     from matplotlib.figure import Figure
 
     screens = list(dict.fromkeys(figures["screen"]))
-    of_screens = [_methods(figures, screen) for screen in screens]
-    rows = max(map(len, of_screens))
-    size = (max(7.5, 2.2 + 4.2 * len(screens)), 2.6 + 0.55 * (rows + 1))
+    methods = [m for m in (*METHODS, DIFFERENCE) if m in {*figures["method"]}]
+    size = (max(7.5, 1.5 + 4.0 * len(screens)), 2.2 + 0.62 * len(methods))
     figure = Figure(figsize=size, dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(screens), sharex=True, squeeze=False)[0]
+    panels = figure.subplots(1, len(screens), sharex=True, sharey=True, squeeze=False)[0]
     handles: dict[str, Line2D] = {}
-    for axes, screen, methods in zip(panels, screens, of_screens, strict=True):
+    for axes, screen in zip(panels, screens, strict=True):
         handles |= _panel(axes, screen, methods, figures, scores)
-        axes.set_ylim(rows - 0.4, -0.6)
+    panels[0].set_yticks(range(len(methods)), methods)
+    panels[0].set_ylim(len(methods) - 0.4, -0.6)
+    low, high = panels[0].get_xlim()
+    panels[0].set_xlim(max(low, -LIMIT), min(high, LIMIT))  # of two seeds an interval may be longer
     figure.legend(
         list(handles.values()),
         _legend(figures, handles),
@@ -55,13 +61,8 @@ def draw(figures: pd.DataFrame, scores: pd.DataFrame, name: str) -> Figure:
         ncols=2,
         frameon=False,
     )
-    figure.suptitle(f"{name}: correlation of predicted with true effects")
+    figure.suptitle(f"{name}: a dot is a seed, the line their mean, the bar its 95 % interval")
     return figure
-
-
-def _methods(figures: pd.DataFrame, screen: str) -> list[str]:
-    there = {*figures.loc[figures["screen"] == screen, "method"]}
-    return [m for m in (*METHODS, DIFFERENCE) if m in there]
 
 
 def _legend(figures: pd.DataFrame, groups: Mapping[str, Line2D]) -> list[str]:
@@ -94,9 +95,8 @@ def _panel(
     axes.axvline(0, color="0.4", lw=1, ls=":")
     if DIFFERENCE in methods:
         axes.axhline(methods.index(DIFFERENCE) - 0.5, color="0.8", lw=1)
-    axes.set_yticks(range(len(methods)), methods)
     axes.set_title(title(screen), fontsize=11)
-    axes.set_xlabel("correlation (0 is chance)" if screen == REAL else "correlation")
+    axes.set_xlabel("correlation of predicted with true effects")
     axes.grid(axis="x", color="0.92")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

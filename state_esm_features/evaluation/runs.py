@@ -69,15 +69,18 @@ def begin_process(words: Sequence[str], environment: Mapping[str, str], log: Pat
 
 
 def devices() -> list[str | None]:
-    """What CUDA_VISIBLE_DEVICES is for each that works at once: [None] without a GPU."""
+    """What CUDA_VISIBLE_DEVICES is for each model that is trained at once."""
     import torch
 
-    n = torch.cuda.device_count()
-    if n < 2:
+    return device_names(torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+
+
+def device_names(number: int, visible: str) -> list[str | None]:
+    """Names of GPUs, of those that are visible; [None], as it is, where there are no two."""
+    if number < 2:
         return [None]
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    names = [name for name in visible.split(",") if name]
-    return list(names[:n]) if len(names) >= n else [str(i) for i in range(n)]
+    names = [name.strip() for name in visible.split(",") if name.strip()]
+    return list(names[:number]) if len(names) >= number else [str(i) for i in range(number)]
 
 
 def marker(study: Study, key: str) -> Path:
