@@ -100,7 +100,7 @@ def evaluate(
     if wrong:
         raise console.UsageError(wrong)
     study = make_study(typed, given, overrides, methods, notes)
-    slots = len(runs.devices())
+    slots = len(runs.places(study))
     done = runs.parts_done(study)
     notes.line(describe(study, done, runs.time_left(study, done, slots), slots))
     short = disk_short(study, slots)

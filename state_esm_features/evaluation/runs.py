@@ -30,6 +30,7 @@ from state_esm_features.evaluation.summary import EVERY_METRIC
 from state_esm_features.files import Busy, read_json, run_lock, write_json, write_text
 from state_esm_features.training.features_check import read_features
 from state_esm_features.training.progress import read_progress
+from state_esm_features.training.stock import ranks
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -73,6 +74,11 @@ def devices() -> list[str | None]:
     import torch
 
     return device_names(torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+
+
+def places(study: Study) -> list[str | None]:
+    """`devices`, or one place where a training takes several GPUs itself (training.devices)."""
+    return devices() if ranks(study.stock) == 1 else [None]
 
 
 def device_names(number: int, visible: str) -> list[str | None]:
@@ -150,7 +156,7 @@ class Work:
 
     def __init__(self, study: Study, begin: Begin) -> None:
         self.study, self.begin = study, begin
-        self.slots = devices()
+        self.slots = places(study)
         self.done = parts_done(study)
         self.running: dict[int, tuple[design.Part, Process, float]] = {}
         self.said_time = ""

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from state_esm_features.console import Findings, Notes, count
+from state_esm_features.console import Findings, Notes, count, some
 from state_esm_features.embedding.features_file import read_manifest
 from state_esm_features.evaluation import design
 from state_esm_features.evaluation.groups import (
@@ -25,6 +25,7 @@ from state_esm_features.evaluation.groups import (
 )
 from state_esm_features.evaluation.settings import feature_words, training_words
 from state_esm_features.files import data_file_origin, existing_parent, sha256_of
+from state_esm_features.option_groups import TrainingOptions
 from state_esm_features.training.data import Data
 from state_esm_features.training.features_check import read_features, same_vector_in_training
 from state_esm_features.training.model_check import check_model, data_dims, try_model
@@ -132,6 +133,7 @@ def make_study(
     if data and data.files:
         check_model(str(asked["model"]), stock, data.files, found)
         _check_planted(given, stock, found)
+        _check_seeds(overrides, found)
         with found.collect():
             test, train = data.splits["test"], data.splits["train"]
             require_unseen(data, group(test, train, {x: frozenset({x}) for x in test}), toml)
@@ -161,6 +163,17 @@ def _check_planted(given: Mapping[str, Any], stock: Mapping[str, Any], found: Fi
         found.problems.append(
             f"--planted makes cells for State on X, and this model reads {', '.join(read)}: leave "
             "--planted or --embed-key out"
+        )
+
+
+def _check_seeds(overrides: Sequence[str], found: Findings) -> None:
+    seeds = {
+        key for f in fields(TrainingOptions) if f.name == "seed" for key in f.metadata["stock"]
+    }
+    named = sorted(seeds & typed_settings(overrides).keys())
+    if named:
+        found.problems.append(
+            f"{some(named)}: each model has a seed of its own. Leave it out, and give --seeds N"
         )
 
 

@@ -357,6 +357,15 @@ def test_planted_cells_are_for_expression_only(
     ) in result.err
 
 
+def test_a_seed_cannot_be_the_same_for_all(evaluate: Callable[..., Result]) -> None:
+    result = evaluate("training.train_seed=3")
+    assert result.code == 1
+    assert result.err.splitlines()[-1] == (
+        "error: training.train_seed: each model has a seed of its own. Leave it out, and give "
+        "--seeds N"
+    )
+
+
 def test_what_stands_behind_planted_may_be_an_override() -> None:
     for words, planted, overrides in (
         (["--planted"], (1.0,), []),
