@@ -46,10 +46,12 @@ class Interval:
 def by_perturbation(scores: pd.DataFrame, metric: str) -> pd.DataFrame:
     """A row a perturbation, a column a seed: the mean of a metric over cell types.
 
-    Perturbations without a value in some seed are left out: means over other ones would be
-    compared.
+    Perturbations without a value in some seed and cell type are left out: else means over unlike
+    cell types would be compared.
     """
-    values = scores.groupby(["perturbation", "seed"])[metric].mean().unstack("seed")
+    lacking = scores.loc[scores[metric].isna(), "perturbation"]
+    whole = scores[~scores["perturbation"].isin(lacking)]
+    values = whole.groupby(["perturbation", "seed"])[metric].mean().unstack("seed")
     return values.sort_index().dropna()
 
 

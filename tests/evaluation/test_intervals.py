@@ -80,10 +80,14 @@ def test_a_perturbation_counts_once_and_pairs_stay_pairs() -> None:
             ("K562", "A", 1): 0.4,
             ("K562", "B", 1): 0.3,
             ("K562", "C", 1): 0.9,
+            ("K562", "D", 0): 0.5,
+            ("HeLa", "D", 0): np.nan,
+            ("K562", "D", 1): 0.5,
+            ("HeLa", "D", 1): 0.1,
         },
     )
     table = by_perturbation(own, "pearson")
-    assert table.index.tolist() == ["A", "B"]  # C has no value in one seed
+    assert table.index.tolist() == ["A", "B"]  # C and D have no value in one seed
     assert table.to_numpy() == pytest.approx(np.array([[0.6, 0.4], [0.2, 0.3]]))
     other = table.assign(**{"2": 0.0}).drop("B") / 2  # type: ignore[arg-type]
     assert difference(table, other).to_numpy() == pytest.approx(np.array([[0.3, 0.2]]))
