@@ -126,21 +126,22 @@ def _could_be_seen(evidence: Evidence) -> str:
     strength = reference(evidence.planted)
     found = evidence.planted[strength]
     made = f"where the response was made of the vectors, {strength_words(strength)}"
-    figures = f"own less shuffled vectors is {with_interval(found.difference)}"
+    gain = f"a correlation of {with_interval(found.difference)}"
     if control_failed(evidence):
         lower = [s for s, x in evidence.planted.items() if x.difference.above_zero]
         also = f"; it is seen at a strength of {min(lower):g}" if lower else ""
         if evidence.effect == 0:
             also = "; the real effects cannot be told from noise: halves of their cells disagree"
         return (
-            f"The positive control cannot be seen: even {made}, {figures} on unseen perturbations"
-            f"{also}. No result on the real cells says anything."
+            f"The positive control cannot be seen: even {made}, own vectors gain {gain} over "
+            f"shuffled ones on unseen perturbations{also}. No result on the real cells says "
+            "anything."
         )
     weakest = min(s for s, x in evidence.planted.items() if x.difference.above_zero)
     also = f", and it is seen down to a strength of {weakest:g}" if weakest < strength else ""
     return (
         f"This screen can show it: {made}, own vectors predict unseen perturbations better than "
-        f"shuffled ones, and {figures}{also}."
+        f"shuffled ones, by {gain}{also}."
     )
 
 
@@ -186,8 +187,9 @@ def _what_follows(evidence: Evidence) -> str:
                 f"model{caution}."
             )
         return (
-            "So the vectors tell State something about genes that it has not seen, in this split, "
-            f"with this model and these steps; other splits were not tried{caution}."
+            "So the vectors tell State something about genes that it has not seen: take them where "
+            "such genes are to be predicted, knowing that one split, one model and one number of "
+            f"steps were tried{caution}."
         )
     if real.difference.below_zero:
         return (

@@ -21,23 +21,22 @@ CONTROLLED = (OWN, SHUFFLED)
 ABLATIONS = {SHUFFLED: "shuffle", ONEHOT: "onehot"}
 """{vectors: what --ablation calls them}."""
 
-REAL = "real"
+REAL, PLANTED = "real", "planted"
+"""The screen of the user, and what names of planted ones begin with."""
 
-PLANT, FEATURES, TRAINING, PREDICTION, SCORES = (
-    *("planted", "features", "training"),
-    *("prediction", "scores"),
-)
-"""Kinds of parts."""
+FEATURES, SCREEN, TRAINING = "features", "screen", "training"
+PREDICTION, SCORES = "prediction", "scores"
+"""Kinds of parts; of the screens only planted ones are made."""
 
 
 def screen_name(strength: float) -> str:
     """'planted_0.5' of the screen whose effects have that strength."""
-    return f"{PLANT}_{strength:g}"
+    return f"{PLANTED}_{strength:g}"
 
 
 def strength_of(screen: str) -> float | None:
     """The strength of a planted screen; None of the real one."""
-    return None if screen == REAL else float(screen.removeprefix(f"{PLANT}_"))
+    return None if screen == REAL else float(screen.removeprefix(f"{PLANTED}_"))
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ def parts(wanted: Sequence[Model]) -> list[Part]:
     for model in wanted:
         needs = [own, add(Part(FEATURES, model.features))]
         if model.screen != REAL:
-            needs.append(add(Part(PLANT, model.screen, (own,))))
+            needs.append(add(Part(SCREEN, model.screen, (own,))))
         before = tuple(dict.fromkeys(needs))
         for kind in (TRAINING, PREDICTION, SCORES):
             before = (add(Part(kind, model.name, before, model)),)

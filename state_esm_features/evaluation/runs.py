@@ -193,7 +193,7 @@ class Work:
         """Begin a part that is a process, or do one that is not."""
         began = time.monotonic()
         if part.kind not in PROCESSES:
-            {design.PLANT: plant, design.SCORES: write_scores}[part.kind](self.study, part)
+            {design.SCREEN: plant, design.SCORES: write_scores}[part.kind](self.study, part)
             self.finish(part, began)
             clear(self.study, part)
             return

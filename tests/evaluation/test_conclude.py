@@ -21,13 +21,14 @@ BASELINES = {"perturb_mean": 0.02, "context_mean": 0.15}
 
 CAN = (
     "This screen can show it: where the response was made of the vectors, as strong as this "
-    "screen's real effects, own vectors predict unseen perturbations better than shuffled ones, "
-    "and own less shuffled vectors is 0.65 (95 % interval 0.60 to 0.70)."
+    "screen's real effects, own vectors predict unseen perturbations better than shuffled ones, by "
+    "a correlation of 0.65 (95 % interval 0.60 to 0.70)."
 )
 CANNOT = (
     "The positive control cannot be seen: even where the response was made of the vectors, as "
-    "strong as this screen's real effects, own less shuffled vectors is 0.02 (95 % interval -0.05 "
-    "to 0.09) on unseen perturbations. No result on the real cells says anything."
+    "strong as this screen's real effects, own vectors gain a correlation of 0.02 (95 % interval "
+    "-0.05 to 0.09) over shuffled ones on unseen perturbations. No result on the real cells says "
+    "anything."
 )
 OF = "(of 12 unseen perturbations, 3 seeds), a difference of"
 MEANS = "the correlation of predicted with true effects is"
@@ -43,8 +44,9 @@ MEANS = "the correlation of predicted with true effects is"
                 "On the real cells own vectors do better than shuffled ones: "
                 f"{MEANS} 0.40 with own and 0.10 with shuffled vectors {OF} 0.30 (95 % interval "
                 "0.20 to 0.40).",
-                "So the vectors tell State something about genes that it has not seen, in this "
-                "split, with this model and these steps; other splits were not tried.",
+                "So the vectors tell State something about genes that it has not seen: take them "
+                "where such genes are to be predicted, knowing that one split, one model and one "
+                "number of steps were tried.",
             ],
         ),
         (
@@ -112,7 +114,7 @@ def test_without_a_positive_control_that_is_said_first() -> None:
 @pytest.mark.parametrize(
     ("planted", "said"),
     [
-        ({0.0: NOT_SEEN}, "of no strength, own less shuffled vectors is 0.02"),
+        ({0.0: NOT_SEEN}, "of no strength, own vectors gain a correlation of 0.02"),
         ({0.0: NOT_SEEN, 1.0: SEEN}, "This screen can show it: "),
         ({0.5: SEEN, 1.0: SEEN}, ", and it is seen down to a strength of 0.5."),
         ({0.5: NOT_SEEN, 2.0: SEEN}, "2 times as strong as this screen's real effects, own vec"),

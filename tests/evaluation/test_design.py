@@ -49,7 +49,7 @@ def test_no_part_stands_before_one_that_it_needs() -> None:
         done.add(part.key)
     assert len(done) == len(parts) == 4 + 1 + 3 * (2 * 3 + 2 + 2 * 2)
     planted = next(p for p in parts if p.key == "planted_1_own_0.training")
-    assert planted.needs == ("own.features", "planted_1.planted")
+    assert planted.needs == ("own.features", "planted_1.screen")
 
 
 def test_a_part_is_ready_once_what_it_needs_is_done() -> None:

@@ -129,7 +129,7 @@ def test_the_plan_stands_first_and_what_was_done_is_not_done_again(
     assert re.fullmatch(r"time      about [\d,]+ minutes?", time), time
     done = [line.split("  ")[1] for line in lines if " of 18  " in line]
     assert done == [
-        "planted of planted_1",
+        "screen of planted_1",
         *(f"{kind} of planted_1_own_0" for kind in ("training", "prediction", "scores")),
         *(f"{kind} of planted_1_shuffled_0" for kind in ("training", "prediction", "scores")),
         *(f"{kind} of real_context_mean_0" for kind in ("training", "prediction", "scores")),
