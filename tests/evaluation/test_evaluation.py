@@ -261,6 +261,7 @@ def test_dry_run_writes_nothing(evaluate: Callable[..., Result], tmp_path: Path)
     assert result.code == 0, result.err
     lines = result.err.splitlines()
     assert lines[-1] == "dry run: nothing written"
+    assert "warning" not in result.err  # there are no validation cells, and none are needed
     assert "compared  own, shuffled, onehot, perturb_mean, context_mean; 3 seeds" in lines
     assert "planted   own and shuffled at a strength of 0.5, 1" in lines
     steps = (9 + 12) * STEPS
