@@ -39,8 +39,8 @@ from state_esm_features.option_groups import (
     LAYOUTS,
     add_feature_options,
     feature_options,
-    misused,
 )
+from state_esm_features.option_rules import misused
 from state_esm_features.options import Parser, add_options, first_given
 
 if TYPE_CHECKING:

@@ -30,7 +30,7 @@ from state_esm_features.evaluation.summary import EVERY_METRIC
 from state_esm_features.files import Busy, read_json, run_lock, write_json, write_text
 from state_esm_features.training.features_check import read_features
 from state_esm_features.training.progress import read_progress
-from state_esm_features.training.stock import ranks
+from state_esm_features.training.stock import devices_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -78,7 +78,7 @@ def devices() -> list[str | None]:
 
 def places(study: Study) -> list[str | None]:
     """`devices`, or one place where a training takes several GPUs itself (training.devices)."""
-    return devices() if ranks(study.stock) == 1 else [None]
+    return devices() if devices_of(study.stock) == 1 else [None]
 
 
 def device_names(number: int, visible: str) -> list[str | None]:
