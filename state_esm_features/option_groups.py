@@ -220,6 +220,12 @@ class PolicyOptions:
         "sum",
         choices=("sum", "mean"),
     )
+    scale: str = option(
+        "of the vectors of one table: take their mean off, or also divide each dimension by its "
+        "spread (default: none)",
+        "none",
+        choices=("none", "center", "standard"),
+    )
 
 
 @dataclass(frozen=True)

@@ -29,4 +29,16 @@ def misused(options: FeatureOptions, given: Mapping[str, Any]) -> str | None:
         return "--table-key needs --esm-embeddings PATH"
     if of_fasta and not options.sources.fasta:
         return f"{of_fasta[0]} needs --fasta FILE"
+    return misused_scale(options, given) if options.policy.scale != "none" else None
+
+
+def misused_scale(options: FeatureOptions, given: Mapping[str, Any]) -> str | None:
+    """The same for --scale, which goes by the statistics of one table."""
+    tables = len(options.sources.esm_embeddings)
+    if tables > 1 or (not tables and options.sources.fasta):
+        return f"--scale needs one table, whose mean and spread it takes, not {tables or 'none'}"
+    if options.policy.missing == "mean":
+        return "--scale does not go with --missing mean: that mean is nearly 0, as the control is"
+    if given.get("ablation") == "onehot":
+        return "--scale does not go with --ablation onehot, whose vectors come from no table"
     return None

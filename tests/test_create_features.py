@@ -182,6 +182,64 @@ def test_a_combination_is_the_sum_or_mean_of_its_genes_and_the_control_adds_noth
     assert manifest(tmp_path / "o.pt")["labels"][label]["how"] == "combination"
 
 
+@pytest.mark.parametrize("how", ["center", "standard"])
+def test_genes_are_scaled_by_the_whole_table_before_they_are_combined(
+    tmp_path: Path, create: Create, labels: Callable[..., tuple[str, ...]], how: str
+) -> None:
+    arguments = labels("A", "B", "A+B", f"A+{CONTROL}")  # C counts, though no label asks for it
+    done = create(*arguments[:-1], "--scale", how)
+    units = ", each dimension in units of its spread" if how == "standard" else ""
+    assert done == Result(
+        0,
+        "o.pt\n",
+        f"warning: State cannot tell labels with the same vector apart: A = A+{CONTROL}\n"
+        "labels    5 (2 combination, 1 control, 2 exact)\n"
+        "from      g.txt (4 labels)\n"
+        "source    table.pt (3 genes x 3)\n"
+        f"scaled    vectors less their mean{units}, over 3 genes of the table\n",
+    )
+    rows = np.array([A, B, C])
+    a, b = ((np.array([A, B]) - rows.mean(0)) / (rows.std(0) if how == "standard" else 1)).tolist()
+    both = [x + y for x, y in zip(a, b, strict=True)]
+    expected = {"A": a, "B": b, "A+B": both, f"A+{CONTROL}": a}
+    written = read(tmp_path / "o.pt")
+    assert written.pop(CONTROL) == ZERO
+    assert written == {label: pytest.approx(v, abs=1e-5) for label, v in expected.items()}
+    kept = manifest(tmp_path / "o.pt")
+    assert kept["policy"]["scale"] == how
+    assert kept["scaling"] == {
+        "genes": 3,
+        "mean": pytest.approx(rows.mean(0).tolist()),
+        "spread": pytest.approx(rows.std(0).tolist()),
+    }
+
+
+def test_scaled_vectors_are_shuffled_and_compared_as_scaled(
+    tmp_path: Path, create: Create, labels: Callable[..., tuple[str, ...]]
+) -> None:
+    arguments = (*labels("A", "B", "C"), "--scale", "standard", "--report", "r.tsv")
+    assert create(*arguments).code == 0
+    own = read(tmp_path / "o.pt")
+    report = (tmp_path / "r.tsv").read_text().splitlines()
+    assert [line.split("\t")[9] for line in report] == ["less_mean_of", "", "", "", ""]
+    assert create(*arguments, "--ablation", "shuffle").code == 0
+    shuffled = read(tmp_path / "o.pt")
+    assert sorted(own.values()) == sorted(shuffled.values())
+    assert all(own[gene] != shuffled[gene] for gene in "ABC")
+
+
+def test_what_helps_missing_labels_goes_with_scale(
+    create: Create, labels: Callable[..., tuple[str, ...]]
+) -> None:
+    assert create(*labels("A", "NONE"), "--scale", "center") == Result(
+        1,
+        "",
+        "error: 1 of 2 labels has no embedding (NONE): 'NONE' is in no table. Add their proteins "
+        "with --fasta, beside --esm-embeddings TABLE, see all with --report FILE.tsv --dry-run, or "
+        "rename with --alias OLD=NEW\n",
+    )
+
+
 def test_a_combination_is_a_sum_unless_told(
     tmp_path: Path, create: Create, labels: Callable[..., tuple[str, ...]]
 ) -> None:
@@ -341,7 +399,7 @@ def test_missing_labels_are_filled_as_told_and_that_is_said(
     assert read(tmp_path / "o.pt") == expected
     written = manifest(tmp_path / "o.pt")
     assert written["policy"] == {
-        **{"missing": policy, "combine": "sum", "separator": "+"},
+        **{"missing": policy, "combine": "sum", "scale": "none", "separator": "+"},
         **{"label_regex": None, "prefer_previous": False},
     }
     assert written["missing"] == {"NO": "'NO' is in no table", "B+NONE": "'NONE' is in no table"}
@@ -578,9 +636,10 @@ def test_the_manifest_says_where_every_vector_comes_from(project: Path, create: 
         ],
         "symbols": [],
         "policy": {
-            **{"missing": "error", "combine": "sum", "separator": "+"},
+            **{"missing": "error", "combine": "sum", "scale": "none", "separator": "+"},
             **{"label_regex": None, "prefer_previous": False},
         },
+        "scaling": None,
         "ablation": None,
         "labels": {
             "SIM000": exact["SIM000"],

@@ -29,7 +29,8 @@ FLOORS = (
     ),
     (
         *("embedding.devices", "embedding.esm2", "embedding.cache", "embedding.embed"),
-        *("embedding.resolve", "embedding.namers", "embedding.labels", "embedding.vectors"),
+        *("embedding.resolve", "embedding.namers", "embedding.labels", "embedding.scale"),
+        "embedding.vectors",
         *("embedding.compare", "embedding.date_remedies", "embedding.missing"),
         *("embedding.features_file", "embedding.report", "embedding.plot", "embedding.features"),
     ),

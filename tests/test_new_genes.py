@@ -882,6 +882,45 @@ def test_other_sums_of_combinations_are_refused(add: Any, run: Path, tmp_path: P
     assert torch.equal(load(run / "pert_onehot_map.pt")[f"{NEW}+SIM000"], both)
 
 
+@pytest.fixture(scope="module")
+def trained_scaled(folder: Path) -> Path:
+    """A run of two steps on standardised vectors; never changed."""
+    words = ["--config", "config.toml", *TABLE, "--scale", "standard", *FAST, "--max-steps", 2]
+    done = run_script("train_with_esm_features", *words, "--name", "scaled", *TINY, cwd=folder)
+    assert done.code == 0, done.err
+    return folder / "runs" / "scaled"
+
+
+def test_new_labels_are_scaled_by_the_statistics_that_the_run_keeps(
+    add: Any, run: Path, trained_scaled: Path, tmp_path: Path
+) -> None:
+    scaled = Path(shutil.copytree(trained_scaled, tmp_path / "runs" / "scaled"))
+    rows = torch.stack(list(table().values())).double()
+    own = (table()[NEW] - rows.mean(0)) / rows.std(0, correction=0)
+    known = load(scaled / "pert_onehot_map.pt")
+    mean = torch.stack([known[s] for s in SMALL.symbols]).mean(0)
+    assert mean.abs().max() < 1  # of some genes of the table only
+    refused(
+        add("--adata", "wanted.h5ad", "--scale", "none", into=scaled),
+        f"{scaled} was trained on vectors of --scale standard; leave the option out",
+    )
+    refused(
+        add("--adata", "wanted.h5ad", "--scale", "center"),
+        f"{run} was trained on vectors of --scale none; leave the option out",
+    )
+    assert add("--adata", "wanted.h5ad", into=scaled).code == 0
+    torch.testing.assert_close(load(scaled / "pert_onehot_map.pt")[NEW], own.float())
+    path = scaled / "pert_features.pt.json"
+    content = json.loads(path.read_text())
+    content["scaling"]["mean"] = [x - 1 for x in content["scaling"]["mean"]]  # to see it is read
+    path.write_text(json.dumps(content))
+    (tmp_path / "genes.txt").write_text("SIMEXTRA001\n")
+    assert add("--gene-list", tmp_path / "genes.txt", into=scaled).code == 0
+    moved = (table()["SIMEXTRA001"] - rows.mean(0) + 1) / rows.std(0, correction=0)
+    torch.testing.assert_close(load(scaled / "pert_onehot_map.pt")["SIMEXTRA001"], moved.float())
+    assert json.loads(path.read_text())["scaling"] == content["scaling"]
+
+
 def test_another_table_or_width_is_refused(add: Any, run: Path, tmp_path: Path) -> None:
     before = snapshot(run)
     other = {k: v + 1 for k, v in table().items()}

@@ -181,6 +181,27 @@ def test_only_options_that_are_not_at_their_default_are_recorded() -> None:
         ({"layer": 3, "esm_embeddings": [Path("folder")]}, None),
         ({"table_key": "X"}, "--table-key needs --esm-embeddings PATH"),
         ({"table_key": "X", "esm_embeddings": [Path("t")]}, None),
+        ({"scale": "center"}, None),  # of Arc's table
+        ({"scale": "none", "fasta": [Path("p")]}, None),
+        ({"scale": "standard", "fasta": [Path("p")], "esm_embeddings": [Path("t")]}, None),
+        (
+            {"scale": "standard", "fasta": [Path("p")]},
+            "--scale needs one table, whose mean and spread it takes, not none",
+        ),
+        (
+            {"scale": "center", "esm_embeddings": [Path("t"), Path("u")]},
+            "--scale needs one table, whose mean and spread it takes, not 2",
+        ),
+        (
+            {"scale": "center", "missing": "mean"},
+            "--scale does not go with --missing mean: that mean is nearly 0, as the control is",
+        ),
+        ({"scale": "center", "missing": "zero"}, None),
+        (
+            {"scale": "center", "ablation": "onehot"},
+            "--scale does not go with --ablation onehot, whose vectors come from no table",
+        ),
+        ({"scale": "center", "ablation": "shuffle"}, None),
     ],
 )
 def test_combinations_that_mean_nothing_are_named(given: dict[str, Any], wrong: str | None) -> None:

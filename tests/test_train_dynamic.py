@@ -147,11 +147,36 @@ def test_every_kind_of_option_can_stand_in_the_table(train: Any, folder: Path) -
     assert described["policy"] == {
         "missing": "mean",
         "combine": "mean",
+        "scale": "none",
         "separator": "+",
         "label_regex": None,
         "prefer_previous": True,
     }
     assert described["labels"]["SIM004"]["gene"] == "OTHER"
+
+
+def test_a_run_is_resumed_on_the_scaled_vectors_that_it_keeps(train: Any, folder: Path) -> None:
+    rows = torch.stack(list(torch.load("table.pt", weights_only=True).values())).double()
+    sections('[features]\nesm_embeddings = ["table.pt"]\nscale = "center"\n')
+    assert train().code == 0
+    path = folder / "runs/run/pert_features.pt"
+    first = path.read_bytes()
+    features = torch.load(path, weights_only=True)
+    less = torch.load("table.pt", weights_only=True)["SIM004"] - rows.mean(0)
+    torch.testing.assert_close(features["SIM004"], less.float())
+    assert not features["non-targeting"].any()
+    sections('[features]\nesm_embeddings = ["table.pt"]\nscale = "none"\n')
+    assert train("--resume", "--max-steps", 3).code == 0
+    assert path.read_bytes() == first
+
+
+def test_scale_is_refused_where_there_is_no_table_to_take_it_from(train: Any, folder: Path) -> None:
+    sections('[features]\nfasta = "p.fasta"\nscale = "center"\n')
+    done = train()
+    assert done.code == 2
+    assert done.err.endswith(
+        "error: --scale needs one table, whose mean and spread it takes, not none\n"
+    )
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ ENOUGH = 50
 """Computed genes from which on their mean says what all proteins have in common."""
 
 AS_THEY_ARE = "vectors as they are"
+AS_SCALED = "vectors as scaled"
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,14 @@ class Compared:
         """Of each source; None for vectors that are compared as they are.
 
         A table's is the mean of all of its genes. That of computed vectors is their mean if they
-        are ENOUGH, else that of the table beside which they are used. Unit vectors have none.
+        are ENOUGH, else that of the table beside which they are used. Unit vectors have none, nor
+        have scaled ones, from which the mean is off already.
         """
         import torch
 
         resolved, centres = self.resolved, list[Centre | None]()
-        if resolved.ablation and resolved.ablation["kind"] == "onehot":
+        onehot = resolved.ablation and resolved.ablation["kind"] == "onehot"
+        if onehot or resolved.scaling:
             return [None] * len(resolved.used)
         for source, genes in zip(resolved.resolver.sources, resolved.used, strict=True):
             centre = next(filter(None, centres), None)
@@ -82,8 +85,9 @@ class Compared:
     @property
     def said(self) -> str:
         """What is taken off, in words."""
+        unchanged = AS_SCALED if self.resolved.scaling else AS_THEY_ARE
         names = dict.fromkeys(centre.short for centre in self.centres if centre)
-        return f"less the mean of {' and '.join(names)}" if names else AS_THEY_ARE
+        return f"less the mean of {' and '.join(names)}" if names else unchanged
 
     @cached_property
     def sources(self) -> dict[str, tuple[int, ...]]:

@@ -126,10 +126,12 @@ def build_manifest(
         "policy": {
             "missing": policy.missing,
             "combine": policy.combine,
+            "scale": policy.scale,
             "separator": symbols.separator,
             "label_regex": symbols.label_regex and symbols.label_regex.pattern,
             "prefer_previous": symbols.prefer_previous,
         },
+        "scaling": resolved.scaling.record() if resolved.scaling else None,
         "ablation": resolved.ablation,
         "labels": {r.label: label_record(r, resolver.sources, policy.missing) for r in resolutions},
         "missing": {r.label: r.reason for r in resolutions if r.reason},

@@ -292,7 +292,7 @@ def remedies_for(missing: Sequence[Resolution], resolved: Resolved, can_report: 
     tail, names = "", [] if not left else names_for_keys(resolver)
     if left:
         which = "" if len(left) == len(missing) else f"For {some(r.label for r in left)}: "
-        tail = f"{which}{advice_for_missing(labels.for_run, can_report)}"
+        tail = f"{which}{advice_for_missing(resolved, can_report)}"
     only = len(missing) == 1
     spoilt = dates_advice(dates, labels, said=only)
     again = lost_rows_advice(lost, resolver, said=only)
@@ -328,12 +328,17 @@ def names_for_keys(resolver: Resolver) -> list[str]:
     return texts
 
 
-def advice_for_missing(for_run: bool, can_report: bool) -> str:
-    """What helps a label that is a gene which no source has."""
+def advice_for_missing(resolved: Resolved, can_report: bool) -> str:
+    """What helps a label that is a gene which no source has; --scale takes one table only."""
+    for_run, scaled = resolved.labels.for_run, resolved.options.policy.scale != "none"
     see_all = "see all with --report FILE.tsv --dry-run, " if can_report else ""
     add = "Add a table that has them with --esm-embeddings, or their proteins with --fasta"
     if for_run:  # to which other tables would mean nothing
         add = "Add their proteins with --fasta"
+    elif scaled:
+        add = "Add their proteins with --fasta, beside --esm-embeddings TABLE"
+    if scaled:
+        return f"{add}, {see_all}or rename with --alias OLD=NEW"
     return f"{add}, rename with --alias OLD=NEW, {see_all}or accept with --missing mean"
 
 

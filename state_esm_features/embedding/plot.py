@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from state_esm_features.console import InputError, count, some
 from state_esm_features.embedding.compare import Compared
 from state_esm_features.embedding.report import WELL_KNOWN
+from state_esm_features.embedding.scale import Scaling
 from state_esm_features.embedding.tables import Table
 from state_esm_features.embedding.vectors import identical
 from state_esm_features.files import write_whole
@@ -75,7 +76,7 @@ def draw(path: Path, compared: Compared) -> None:
     others = list(dict.fromkeys(g for t in tables for g in t.symbols if g not in vectors))
     filled = [compared.features[r.label] for r in resolved.resolutions if r.reason]
     groups = {
-        OTHERS: vectors_around(tables, evenly(others, MOST_AROUND)),
+        OTHERS: vectors_around(tables, evenly(others, MOST_AROUND), resolved.scaling),
         GENES: [vectors[gene] for gene in shown],
         MISSING: [filler for filler in filled[:1] if filler.any()],  # all of them have one
     }
@@ -93,10 +94,13 @@ def draw(path: Path, compared: Compared) -> None:
     write_whole(path, lambda f: figure.savefig(f, format="png"))
 
 
-def vectors_around(tables: Sequence[Table], genes: Sequence[str]) -> list[torch.Tensor]:
+def vectors_around(
+    tables: Sequence[Table], genes: Sequence[str], scaling: Scaling | None
+) -> list[torch.Tensor]:
     """Vectors of genes that no label uses; those that hold NaN or infinity were never refused."""
     around = [next(table for table in tables if gene in table)[gene] for gene in genes]
-    return [vector for vector in around if vector.isfinite().all() and vector.any()]
+    usable = [vector for vector in around if vector.isfinite().all() and vector.any()]
+    return list(map(scaling.of, usable)) if scaling else usable
 
 
 def draw_map(

@@ -94,6 +94,8 @@ def summary(resolved: Resolved, compared: Compared | None = None) -> str:
     ]
     if any(r.reason for r in resolutions):
         rows.insert(1, ("missing", missing_by_kind(resolutions)))
+    if resolved.scaling:
+        rows.append(("scaled", resolved.scaling.said))
     if resolved.ablation:
         how = f"{resolved.ablation['kind']}, seed {resolved.ablation['seed']}"
         rows.append(("ablation", f"{how}: no gene has its own vector"))

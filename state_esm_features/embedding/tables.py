@@ -137,19 +137,24 @@ class Table:
 
     @cached_property
     def mean(self) -> torch.Tensor:
-        """Mean vector of its genes, float32 (width,); one vector is in memory at a time.
-
-        Rows of zeros (a control) and rows with NaN or infinity, which no label uses, do not count.
-        """
+        """Mean vector of its genes, float32 (width,)."""
         import torch
 
         total, genes = torch.zeros(self.width, dtype=torch.float64), 0
+        for vector in self.usable():
+            total += vector
+            genes += 1
+        return (total / max(genes, 1)).float()
+
+    def usable(self) -> Iterator[torch.Tensor]:
+        """The vector of every gene, one in memory at a time.
+
+        Rows of zeros (a control) and rows with NaN or infinity, which no label uses, do not count.
+        """
         for gene in self.symbols:
             vector = self[gene]
-            if 0 < vector.norm() < torch.inf:
-                total += vector
-                genes += 1
-        return (total / max(genes, 1)).float()
+            if 0 < vector.norm() < float("inf"):
+                yield vector
 
 
 def part_of(record: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ from state_esm_features.embedding.embed import embed_genes
 from state_esm_features.embedding.esm2 import Checkpoint
 from state_esm_features.embedding.labels import Labels
 from state_esm_features.embedding.resolve import Resolution, Resolver
+from state_esm_features.embedding.scale import Scaling, scaling_of
 from state_esm_features.embedding.tables import Table
 from state_esm_features.option_groups import ESM2_WIDTHS, FeatureOptions
 
@@ -40,6 +41,8 @@ class Resolved:
     checkpoint
         The model that computes those of the sequences; None if there is nothing to compute, or if
         a dry run would have to download it.
+    kept_scaling
+        The statistics that a run keeps for --scale; None to take those of the table.
     """
 
     labels: Labels
@@ -49,6 +52,7 @@ class Resolved:
     left_out: list[Resolution]
     ablation: Mapping[str, Any] | None = None
     checkpoint: Checkpoint | None = None
+    kept_scaling: Scaling | None = None
 
     @cached_property
     def used(self) -> list[list[str]]:
@@ -75,8 +79,16 @@ class Resolved:
         known = self.checkpoint.width if self.checkpoint else None
         return known or ESM2_WIDTHS.get(self.options.sequences.esm_model)
 
+    @cached_property
+    def scaling(self) -> Scaling | None:
+        """What --scale does; None if it does nothing."""
+        how = self.options.policy.scale
+        if how == "none":
+            return None
+        return self.kept_scaling or scaling_of(self.tables[0], standard=how == "standard")
+
     def vectors(self) -> dict[str, torch.Tensor]:
-        """{gene: float32 (width,)} of the genes used of each source, looked up or computed.
+        """{gene: float32 (width,)} of the genes used of each source, looked up or computed; scaled.
 
         Raises
         ------
@@ -87,11 +99,11 @@ class Resolved:
         for source, genes in zip(self.resolver.sources, self.used, strict=True):
             if isinstance(source, Table):
                 looked_up = {gene: source[gene] for gene in genes}
-                check_vectors(looked_up, source.path)
+                check_vectors(looked_up, source.path, self.options.policy.scale == "none")
                 vectors |= looked_up
             elif self.checkpoint is not None:
                 vectors |= embed_genes(genes, source, self.checkpoint, self.labels.for_run)
-        return vectors
+        return scaled(vectors, self.scaling) if self.scaling else vectors
 
     def features(self) -> tuple[Vectors, Vectors]:
         """({label: vector}, {gene: vector}), read, computed, ablated, combined."""
@@ -133,9 +145,14 @@ class Resolved:
         }
 
 
-def check_vectors(vectors: Vectors, path: Path) -> None:
-    """Refuse NaN, infinity, and vectors of zeros, which State would take for the control."""
+def check_vectors(vectors: Vectors, path: Path, can_fill: bool = True) -> None:
+    """Refuse NaN, infinity, and vectors of zeros, which State would take for the control.
+
+    `can_fill`: --missing mean would be taken.
+    """
     import torch
+
+    other = ", or remove them from it and choose --missing mean" if can_fill else ""
 
     for complaint, test in (
         ("holds NaN or infinite values", lambda v: not torch.isfinite(v).all()),
@@ -145,9 +162,21 @@ def check_vectors(vectors: Vectors, path: Path) -> None:
         if bad:
             raise InputError(
                 f"{path}: the vector of {count(len(bad), 'gene')} in use {complaint} "
-                f"({some(bad)}); repair the table, or remove them from it and choose "
-                "--missing mean"
+                f"({some(bad)}); repair the table{other}"
             )
+
+
+def scaled(vectors: Vectors, scaling: Scaling) -> dict[str, torch.Tensor]:
+    """{gene: scaled vector}; none may become the control's."""
+    result = {gene: scaling.of(vector) for gene, vector in vectors.items()}
+    zero = sorted(gene for gene, vector in result.items() if not vector.any())
+    if zero:
+        raise InputError(
+            f"the vector of {count(len(zero), 'gene')} in use is the mean of the table "
+            f"({some(zero)}): --scale makes zeros of it, which State takes for the control; leave "
+            "--scale out"
+        )
+    return result
 
 
 def shuffle_vectors(vectors: Vectors, seed: int) -> dict[str, torch.Tensor]:

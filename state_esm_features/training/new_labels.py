@@ -6,7 +6,7 @@ The run is read in `trained_run`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +18,11 @@ from state_esm_features.embedding.fasta import Recipe
 from state_esm_features.embedding.features import resolve_labels
 from state_esm_features.embedding.labels import Labels
 from state_esm_features.embedding.report import summary
+from state_esm_features.embedding.scale import scaling_from
 from state_esm_features.embedding.tables import part_of
 from state_esm_features.embedding.vectors import Resolved, identical, note_identical
 from state_esm_features.files import run_lock, staged
-from state_esm_features.option_groups import FeatureOptions, alias_pair
+from state_esm_features.option_groups import FeatureOptions, PolicyOptions, alias_pair
 from state_esm_features.training import undo
 from state_esm_features.training.trained_run import TrainedRun, aliases_of_user
 
@@ -43,11 +44,7 @@ def check_same_model(
     InputError
         Another width, table, model, or way of computing.
     """
-    combine = manifest["policy"]["combine"]
-    if options.policy.combine != combine:
-        raise InputError(
-            f"{run.named} was trained on combinations by --combine {combine}; leave the option out"
-        )
+    check_same_policy(run, manifest, options.policy)
     width = resolved.width
     if any(resolved.used) and width != manifest["width"]:
         raise InputError(
@@ -73,6 +70,20 @@ def check_same_model(
     if resolved.checkpoint is not None:
         recipe = choose_recipe(resolved.checkpoint, options.sequences)
         require_recipe_of(run, manifest, recipe, options.sequences.esm_model, notes)
+
+
+def check_same_policy(run: TrainedRun, manifest: Mapping[str, Any], policy: PolicyOptions) -> None:
+    """Refuse vectors that are not made of their genes' as those of a run."""
+    combine = manifest["policy"]["combine"]
+    if policy.combine != combine:
+        raise InputError(
+            f"{run.named} was trained on combinations by --combine {combine}; leave the option out"
+        )
+    scale = manifest["policy"].get("scale", "none")
+    if policy.scale != scale:
+        raise InputError(
+            f"{run.named} was trained on vectors of --scale {scale}; leave the option out"
+        )
 
 
 def require_recipe_of(
@@ -124,6 +135,9 @@ def resolve_for_run(
     resolved = resolve_labels(labels, options, notes, remembered=remembered)
     assert resolved is not None  # only a dry run has no source
     check_same_model(resolved, run, manifest, options, notes)
+    if manifest.get("scaling"):
+        standard = options.policy.scale == "standard"
+        resolved = replace(resolved, kept_scaling=scaling_from(manifest["scaling"], standard))
     genes = {
         record["gene"]: known[label].float()
         for label, record in manifest["labels"].items()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -37,6 +37,8 @@ def compared(names: str, *tables: Table, combine: str = "sum", ablation: str = "
 ONE = table("one.pt", A=[101.0, 0.0], B=[102.0, 0.0], C=[100.0, 1.0], D=[97.0, -1.0])
 """Its mean is (100, 0)."""
 
+SCALED = FeatureOptions(policy=PolicyOptions(scale="center"))
+
 TWO = table("two.pt", E=[0.0, 52.0], F=[-2.0, 48.0], G=[2.0, 50.0])
 """Its mean is (0, 50)."""
 
@@ -54,6 +56,15 @@ def test_vectors_are_compared_less_the_mean_of_their_own_table() -> None:
     assert seen.genes(["D", "E"]).tolist() == [[-3.0, -1.0], [0.0, 2.0]]
     assert seen.vectors["D"].tolist() == [97.0, -1.0]
     assert seen.features["D"].tolist() == [97.0, -1.0]
+
+
+def test_scaled_vectors_are_compared_as_they_are() -> None:
+    resolved = replace(compared("A B C D", ONE).resolved, options=SCALED)
+    vectors = resolved.vectors()
+    seen = Compared(resolved, resolved.combined(vectors, 2), vectors)
+    assert vectors["D"].tolist() == [-3.0, -1.0]
+    assert seen.genes(["D", "C"]).tolist() == [[-3.0, -1.0], [0.0, 1.0]]
+    assert (seen.said, seen.less_mean_of("D")) == ("vectors as scaled", "")
 
 
 @pytest.mark.parametrize("combine", ["sum", "mean"])
