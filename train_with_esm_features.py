@@ -59,7 +59,7 @@ from pathlib import Path
 from typing import Any
 
 try:
-    from state_esm_features import __version__, console, option_groups
+    from state_esm_features import __version__, console, option_groups, training_options
 except ModuleNotFoundError:
     sys.exit(
         f"error: {Path(__file__).name} needs the folder state_esm_features of the same repository: "
@@ -92,17 +92,17 @@ from state_esm_features.training.run_dir import (
 )
 
 GROUPS = (
-    option_groups.DataOptions,
-    option_groups.TrainingOptions,
-    option_groups.RunOptions,
+    training_options.DataOptions,
+    training_options.TrainingOptions,
+    training_options.RunOptions,
     *option_groups.FEATURE_GROUPS.values(),
-    option_groups.WandbOptions,
+    training_options.WandbOptions,
 )
 """The options of this command."""
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options, which `option_groups` declares; what is not given is not in the namespace."""
+    """The options, declared in their groups; what is not given is not in the namespace."""
     parser = Parser(
         prog="train_with_esm_features.py",
         usage="%(prog)s --config FILE [--pert-features FILE.pt]\n"
@@ -112,12 +112,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--pert-features the options of sources, sequences, symbols and policy decide the "
         "features, as in create_esm_pert_features.py; [features] in the TOML may hold them.",
     )
-    add_options(parser, option_groups.DataOptions, "data")
-    add_options(parser, option_groups.TrainingOptions, "training")
-    add_options(parser, option_groups.RunOptions, "run")
+    add_options(parser, training_options.DataOptions, "data")
+    add_options(parser, training_options.TrainingOptions, "training")
+    add_options(parser, training_options.RunOptions, "run")
     option_groups.add_feature_options(parser)
     wandb = "Weights & Biases (off unless a project is given)"
-    add_options(parser, option_groups.WandbOptions, wandb)
+    add_options(parser, training_options.WandbOptions, wandb)
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("overrides", nargs="*", help="Hydra overrides of the stock configuration")
     return parser
@@ -266,7 +266,7 @@ def parse(argv: Sequence[str]) -> TrainOptions:
     """Command line to options; overrides may stand right behind a bare --fast-loading."""
     words = list(argv)
     for i, word in enumerate(words[:-1]):
-        if word == "--fast-loading" and words[i + 1] not in option_groups.LAYOUTS:
+        if word == "--fast-loading" and words[i + 1] not in training_options.LAYOUTS:
             words[i] = "--fast-loading=sorted"
     parser = build_parser()
     typed = vars(parser.parse_intermixed_args(words))

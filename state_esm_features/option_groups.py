@@ -1,6 +1,6 @@
-"""The options of both commands, each declared once: its name, default, help and setting of State.
+"""The options of features, which both commands share, each declared once: its name, default, help.
 
-What an option does is not known here.
+Those of the training stand in `training_options`. What an option does is not known here.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from state_esm_features.option_values import (
+    FILE,
+    FILES,
+    FOLDER,
+    WHOLE,
     alias_pair,
     device_name,
     label_regex,
-    positive,
-    run_name,
-    workers,
 )
 from state_esm_features.options import add_options, fields_of, make, option, switch
 
@@ -59,26 +60,6 @@ WINDOW = 1022
 STRIDE = 511
 """Residues of a window, and from one to the next. ESM2 was trained on at most 1,024 tokens: 1,022
 residues, beginning and end (Lin et al. 2023, doi:10.1126/science.ade2574)."""
-
-LAYOUTS = ("sorted", "dense")
-"""Of --fast-loading."""
-
-TRAINING_PRECISIONS = ("32-true", "bf16-mixed")
-"""Of --training-precision, as Lightning calls them."""
-
-SPACES = ("gene", "all", "embedding")
-"""Of --output-space."""
-
-WORKERS = "data.kwargs.num_workers"
-CONSECUTIVE = "data.kwargs.use_consecutive_loading"
-"""Settings of State that need more than the value of an option."""
-
-
-FILE: dict[str, Any] = {"type": Path, "metavar": "FILE"}
-FOLDER: dict[str, Any] = {"type": Path, "metavar": "DIR"}
-FILES: dict[str, Any] = {**FILE, "default": (), "action": "append"}
-WHOLE: dict[str, Any] = {"type": int, "metavar": "N"}
-NUMBER: dict[str, Any] = {"type": positive, "metavar": "N"}
 
 
 @dataclass(frozen=True)
@@ -269,128 +250,6 @@ class OutputOptions:
     )
     dry_run: bool = switch("resolve the labels, but write no features and download nothing")
     quiet: bool = switch("say warnings and errors only")
-
-
-@dataclass(frozen=True)
-class DataOptions:
-    """What a training reads."""
-
-    config: Path = option(
-        "cell-load's TOML; paths in it count from the working directory", **FILE, required=True
-    )
-    pert_features: Path | None = option(
-        "features that create-esm-pert-features wrote (default: they are made now)", **FILE
-    )
-    pert_col: str | None = option(
-        f"obs column of the labels (default: the one found of {', '.join(PERT_COLUMNS)})",
-        metavar="COL",
-        stock=("data.kwargs.pert_col",),
-    )
-    batch_col: str | None = option(
-        f"obs column of the batches (default: the one found of {', '.join(BATCH_COLUMNS)})",
-        metavar="COL",
-        stock=("data.kwargs.batch_col",),
-    )
-    cell_type_key: str | None = option(
-        "obs column of the cell types (default: cell_type)",
-        metavar="COL",
-        stock=("data.kwargs.cell_type_key",),
-    )
-    control_pert: str | None = option(
-        f"label of the control cells (default: that of the features, else {DEFAULT_CONTROL})",
-        metavar="LABEL",
-        stock=("data.kwargs.control_pert",),
-    )
-    embed_key: str | None = option(
-        "train on obsm[KEY] (default: on X)", metavar="KEY", stock=("data.kwargs.embed_key",)
-    )
-    output_space: str | None = option(
-        "what the model predicts: HVGs, all genes, or the embedding (State's default: all)",
-        choices=SPACES,
-        stock=("data.kwargs.output_space",),
-    )
-
-
-@dataclass(frozen=True)
-class TrainingOptions:
-    """How State is trained; what is not given stays as State has it."""
-
-    model: str | None = option(
-        "State's model: state, state_sm, state_lg ... (default: state_sm)",
-        metavar="NAME",
-        stock=("model",),
-    )
-    num_workers: int | str = option(
-        "processes that load data (default: auto: as in the run, else by cores and memory)",
-        "auto",
-        type=workers,
-        metavar="auto|N",
-    )
-    fast_loading: str | None = option(
-        "train on copies of the data: sorted (the default; controls are drawn in blocks), or dense "
-        "(State's own batches; 4 bytes a cell and gene)",
-        nargs="?",
-        const="sorted",
-        choices=LAYOUTS,
-    )
-    data_cache: Path | None = option(
-        "folder of these copies (default: OUTPUT_DIR/data_cache)", **FOLDER
-    )
-    seed: int | None = option(
-        "random seed of the training and its data (State's default: 42)",
-        **WHOLE,
-        stock=("data.kwargs.random_seed", "training.train_seed"),
-    )
-    max_steps: int | None = option(
-        "steps to train in all (State's default: 400000)", **NUMBER, stock=("training.max_steps",)
-    )
-    batch_size: int | None = option(
-        "cell sets in a batch (State's default: 16)", **NUMBER, stock=("training.batch_size",)
-    )
-    val_freq: int | None = option(
-        "steps between validations and checkpoints (State's default: 2000)",
-        **NUMBER,
-        stock=("training.val_freq",),
-    )
-    ckpt_every_n_steps: int | None = option(
-        "keep a step=N.ckpt every N steps (default: none)",
-        **NUMBER,
-        stock=("training.ckpt_every_n_steps",),
-    )
-    nodes: int | None = option(
-        "machines that train together (default: as srun or torchrun starts them, else 1)", **NUMBER
-    )
-    training_precision: str | None = option(
-        "precision of the training (State's default: 32-true)", choices=TRAINING_PRECISIONS
-    )
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """Where a run is, and what to do with one that is there."""
-
-    output_dir: Path = option("folder of the runs (default: runs)", Path("runs"), **FOLDER)
-    name: str | None = option(
-        "name of the run, a folder there (default: the TOML's name and the model)",
-        type=run_name,
-        metavar="NAME",
-    )
-    resume: bool = switch("go on with the run of this name", exclusive=True)
-    overwrite: bool = switch("train anew under this name", exclusive=True)
-    force: bool = switch("with --resume: go on even with other data, features or model")
-    dry_run: bool = switch("check everything, show the plan and State's own command, write nothing")
-    quiet: bool = switch("say warnings and errors only, without progress: for cron")
-
-
-@dataclass(frozen=True)
-class WandbOptions:
-    """Weights & Biases."""
-
-    wandb_project: str | None = option("project to log to", metavar="P", stock=("wandb.project",))
-    wandb_entity: str | None = option(
-        "user or team that owns it", metavar="E", stock=("wandb.entity",)
-    )
-    wandb_tags: str | None = option("tags of the run, separated by commas", metavar="A,B")
 
 
 @dataclass(frozen=True)

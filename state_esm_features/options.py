@@ -1,7 +1,7 @@
 """What an option is: a field of a dataclass, typed, in a TOML or of a call from Python; which of
 several sayings holds.
 
-The options themselves stand in `option_groups`.
+The options themselves stand in `option_groups` and `training_options`.
 """
 
 from __future__ import annotations

@@ -19,7 +19,10 @@ PACKAGE = "state_esm_features"
 SCRIPTS = ("create_esm_pert_features", "train_with_esm_features", "evaluation.__main__")
 
 FLOORS = (
-    ("console", "files", "options", "option_values", "option_groups", "option_rules", "results"),
+    (
+        *("console", "files", "options", "option_values", "option_groups", "training_options"),
+        *("option_rules", "results"),
+    ),
     (
         *("experiment", "h5ad", "embedding.gene_names", "embedding.downloads"),
         *("embedding.protein_ids", "embedding.excel_dates", "embedding.fasta"),

@@ -20,13 +20,9 @@ from state_esm_features.option_groups import (
     FEATURE_GROUPS,
     FEATURES,
     IN_SECTION,
-    DataOptions,
     FeatureOptions,
     LabelOptions,
-    RunOptions,
     SequenceOptions,
-    TrainingOptions,
-    WandbOptions,
     feature_options,
     without_defaults,
 )
@@ -38,6 +34,12 @@ from state_esm_features.options import (
     make,
     read_call,
     read_table,
+)
+from state_esm_features.training_options import (
+    DataOptions,
+    RunOptions,
+    TrainingOptions,
+    WandbOptions,
 )
 
 

@@ -55,11 +55,11 @@ from test_train_run import (
 import train_with_esm_features as script
 from state_esm_features.console import InputError, Notes, start_log
 from state_esm_features.embedding.features_file import read_manifest
-from state_esm_features.option_groups import LAYOUTS
 from state_esm_features.training import fast_copies
 from state_esm_features.training.fast_copies import BLOCK, make_copies
 from state_esm_features.training.plan import Plan, make_plan
 from state_esm_features.training.run_dir import toml_of_run
+from state_esm_features.training_options import LAYOUTS
 
 Run = Callable[..., Result]
 

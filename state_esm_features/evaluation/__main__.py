@@ -35,13 +35,10 @@ from state_esm_features.evaluation.summary import interval, summarise
 from state_esm_features.evaluation.table import as_markdown, as_tsv
 from state_esm_features.experiment import features_section, note_section
 from state_esm_features.files import read_json, run_lock, write_json, write_text, write_whole
-from state_esm_features.option_groups import (
-    LAYOUTS,
-    add_feature_options,
-    feature_options,
-)
+from state_esm_features.option_groups import add_feature_options, feature_options
 from state_esm_features.option_rules import misused
 from state_esm_features.options import Parser, add_options, first_given
+from state_esm_features.training_options import LAYOUTS
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -11,15 +11,10 @@ from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Any
 
-from state_esm_features.option_groups import (
-    COLUMNS,
-    FEATURES,
-    FOLDER,
-    NUMBER,
-    DataOptions,
-    TrainingOptions,
-)
+from state_esm_features.option_groups import COLUMNS, FEATURES
+from state_esm_features.option_values import FOLDER, NUMBER
 from state_esm_features.options import as_words, fields_of, option, switch
+from state_esm_features.training_options import DataOptions, TrainingOptions
 
 
 def strengths(text: str) -> tuple[float, ...]:

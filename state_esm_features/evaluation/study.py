@@ -25,7 +25,6 @@ from state_esm_features.evaluation.groups import (
 )
 from state_esm_features.evaluation.settings import feature_words, training_words
 from state_esm_features.files import data_file_origin, existing_parent, sha256_of
-from state_esm_features.option_groups import TrainingOptions
 from state_esm_features.training.data import Data
 from state_esm_features.training.features_check import read_features, same_vector_in_training
 from state_esm_features.training.model_check import check_model, data_dims, try_model
@@ -33,6 +32,7 @@ from state_esm_features.training.plan import TrainOptions, choose_settings
 from state_esm_features.training.preflight import inspect_data
 from state_esm_features.training.splits import no_validation_message
 from state_esm_features.training.stock import matrices_read, typed_settings
+from state_esm_features.training_options import TrainingOptions
 
 CHECKPOINTS = 4
 """Of one training while it runs, one being written; of a finished one, final.ckpt is kept."""

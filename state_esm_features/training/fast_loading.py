@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 from state_esm_features.console import Findings, InputError, count, some
 from state_esm_features.files import as_json, data_file_origin, existing_parent
 from state_esm_features.h5ad import is_sparse, matrix_shape, open_h5ad, storage_problems
-from state_esm_features.option_groups import TrainingOptions
 from state_esm_features.training.data import Data, DataFile
 from state_esm_features.training.fast_copies import FastCopy, FastLoading
 from state_esm_features.training.stock import matrices_read, set_length
+from state_esm_features.training_options import TrainingOptions
 
 if TYPE_CHECKING:
     import h5py

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from state_esm_features.console import Findings, count, some
-from state_esm_features.option_groups import SPACES
 from state_esm_features.training.data import DataFile
 from state_esm_features.training.stock import (
     counts_read,
@@ -25,6 +24,7 @@ from state_esm_features.training.stock import (
     set_length,
     wants_cell_type_map,
 )
+from state_esm_features.training_options import SPACES
 
 Trial = tuple[str | None, int | None]
 """Of a model that was to take one training step without data: why it cannot be trained, or None;

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from state_esm_features import option_groups
+from state_esm_features import option_groups, training_options
 from state_esm_features.console import Findings, Notes, count
 from state_esm_features.embedding.compare import Compared
 from state_esm_features.embedding.features import resolve_labels
@@ -74,9 +74,9 @@ class TrainOptions:
         As typed.
     """
 
-    data: option_groups.DataOptions
-    training: option_groups.TrainingOptions
-    run: option_groups.RunOptions
+    data: training_options.DataOptions
+    training: training_options.TrainingOptions
+    run: training_options.RunOptions
     features: option_groups.FeatureOptions
     given: Mapping[str, Any]
     overrides: Sequence[str]
@@ -88,9 +88,9 @@ class TrainOptions:
     ) -> TrainOptions:
         """Those that are given, and the defaults of the others."""
         return cls(
-            make(option_groups.DataOptions, given),
-            make(option_groups.TrainingOptions, given),
-            make(option_groups.RunOptions, given),
+            make(training_options.DataOptions, given),
+            make(training_options.TrainingOptions, given),
+            make(training_options.RunOptions, given),
             option_groups.feature_options(given),
             *(given, overrides, command),
         )
@@ -236,7 +236,11 @@ class Plan:
 
 def settings_of(given: Mapping[str, Any]) -> dict[str, Any]:
     """{setting of State: value} of the options that are given."""
-    groups = (option_groups.DataOptions, option_groups.TrainingOptions, option_groups.WandbOptions)
+    groups = (
+        training_options.DataOptions,
+        training_options.TrainingOptions,
+        training_options.WandbOptions,
+    )
     settings = {
         key: given[f.name]
         for group in groups
@@ -245,9 +249,9 @@ def settings_of(given: Mapping[str, Any]) -> dict[str, Any]:
         for key in f.metadata["stock"]
     }
     if given.get("num_workers", "auto") != "auto":
-        settings[option_groups.WORKERS] = given["num_workers"]
+        settings[training_options.WORKERS] = given["num_workers"]
     if given.get("fast_loading"):
-        settings[option_groups.CONSECUTIVE] = given["fast_loading"] == "sorted"
+        settings[training_options.CONSECUTIVE] = given["fast_loading"] == "sorted"
     if given.get("wandb_project"):
         settings["use_wandb"] = True
         settings.setdefault("wandb.entity", None)  # stock's default is a placeholder
@@ -272,7 +276,7 @@ def choose_settings(
         typed = [t for t in earlier["typed"] if typed_settings([t]).keys().isdisjoint(now)]
         settings |= earlier["settings"]
     elif earlier and not options.run.overwrite:
-        workers = option_groups.WORKERS
+        workers = training_options.WORKERS
         settings[workers] = earlier["identity"]["settings"][workers]
     settings |= settings_of(options.given)
     typed += options.overrides
@@ -355,7 +359,7 @@ def make_plan(
             made, features = make_features(options, data, place, earlier, found)
     if data and data.files:
         settings |= data.columns.settings()
-        settings.setdefault(option_groups.WORKERS, choose_workers(stock, data, this_machine()))
+        settings.setdefault(training_options.WORKERS, choose_workers(stock, data, this_machine()))
         fast = choose_loading(options.training, resumed, data, stock, run_dir, found)
         if features:
             _, each = try_model(stock, data_dims(data.files, features["width"]))

@@ -19,7 +19,6 @@ from state_esm_features import __version__, files
 from state_esm_features.console import InputError, Notes, count, short, some
 from state_esm_features.embedding.features_file import manifest_path, read_manifest, trained_sha256
 from state_esm_features.experiment import SECTIONS, absolute_paths, toml_text
-from state_esm_features.option_groups import CONSECUTIVE, RunOptions
 from state_esm_features.results import TrainingResult
 from state_esm_features.training.checkpoints import checkpoint_steps, intact
 from state_esm_features.training.fast_loading import fast_paths
@@ -28,6 +27,7 @@ from state_esm_features.training.plan import Plan, TrainOptions, what_is_next
 from state_esm_features.training.progress import Training, draw_training, keep_progress
 from state_esm_features.training.stock import MANAGED, flat, typed_settings
 from state_esm_features.training.trainer import cells_a_step
+from state_esm_features.training_options import CONSECUTIVE, RunOptions
 
 OR_ANOTHER = "let it finish, or choose another --name"
 

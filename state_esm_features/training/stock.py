@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from state_esm_features.console import InputError, did_you_mean, some
-from state_esm_features.option_groups import CONSECUTIVE, SPACES
+from state_esm_features.training_options import CONSECUTIVE, SPACES
 
 INFER_LOADS = ("state", "neuralot", "pertsets")
 """model.name of the models that `state tx infer` loads: it knows one class of State 0.11.1."""

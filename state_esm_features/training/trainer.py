@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from state_esm_features.console import InputError
-from state_esm_features.option_groups import TRAINING_PRECISIONS
 from state_esm_features.training.launch import Ranks, nodes_started
 from state_esm_features.training.stock import set_length, wants_cell_type_map
+from state_esm_features.training_options import TRAINING_PRECISIONS
 
 PREFIX = "PL_TRAINER_"
 NODES, PRECISION = f"{PREFIX}NUM_NODES", f"{PREFIX}PRECISION"

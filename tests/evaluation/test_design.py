@@ -16,8 +16,8 @@ from state_esm_features.evaluation.settings import (
     strengths,
     training_words,
 )
-from state_esm_features.option_groups import DataOptions, TrainingOptions
 from state_esm_features.options import fields_of
+from state_esm_features.training_options import DataOptions, TrainingOptions
 
 
 def test_models_of_three_seeds_and_two_strengths() -> None:

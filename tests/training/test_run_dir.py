@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from state_esm_features.console import InputError, Notes
-from state_esm_features.option_groups import RunOptions
 from state_esm_features.training.run_dir import RUN_FORMAT, decide, differences, earlier_run
+from state_esm_features.training_options import RunOptions
 
 
 def test_differences_are_named_with_before_and_now() -> None:
