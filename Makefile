@@ -42,12 +42,13 @@ check: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# labels, symbols, checks, copies, trainings and documents on what pip gives without constraints.txt
-TODAY := test_create_labels test_create_symbols test_experiment test_train_preflight test_train_fast \
-	test_docs
+# labels, symbols, tables, checks, copies, trainings, evaluations and documents on what pip gives without constraints.txt
+TODAY := test_create_labels test_create_symbols test_create_keys test_create_dates test_experiment \
+	test_train_preflight test_train_fast test_train_nodes test_train_precision test_docs
 test-today:
 	$(MAKE) .venv-today/installed VENV=.venv-today CONSTRAINTS=
-	.venv-today/bin/python -m pytest $(AT_ONCE) -m "not slow" $(TODAY:%=tests/%.py) tests/embedding tests/training
+	.venv-today/bin/python -m pytest $(AT_ONCE) -m "not slow" $(TODAY:%=tests/%.py) \
+		tests/embedding tests/training tests/evaluation
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 found; name one: make PYTHON=/path/to/python3.11"; exit 1; }
