@@ -152,7 +152,9 @@ def write_file(
     resolved = replace(resolved, ablation=make(AblationOptions, given).record())
     if output.dry_run and resolved.to_embed:
         notes.line(summary(resolved))
-        notes.line(f"dry run: {count(len(resolved.to_embed), 'gene')} to compute, nothing written")
+        to_compute = f"{count(len(resolved.to_embed), 'gene')} to compute"
+        names = some(resolved.to_embed)
+        notes.line(f"dry run: {to_compute} ({names}), nothing written")
         return result("dry run", resolved)
     notes.say()
     features = compute_and_show(resolved, output, notes)

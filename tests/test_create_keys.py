@@ -300,6 +300,25 @@ def test_a_gene_that_only_the_fasta_file_has_would_be_computed(create: Create) -
     assert not Path("weights").exists()
 
 
+def test_genes_that_would_be_computed_are_named_before_weights_are_looked_for(
+    create: Create,
+) -> None:
+    Path("p.fasta").write_text(FASTA + ">sp|P01106|MYC_HUMAN x GN=MYC PE=1\nMDF\n")
+    Path("g.txt").write_text("STAT1\nMYC\n")
+    torch.save({"P42224": torch.randn(1280)}, "wide.pt")
+    wide = ("--gene-list", "g.txt", "--esm-embeddings", "wide.pt", "--output", "o.pt")
+    done = create(*wide, *BY_FASTA, "--dry-run")
+    assert done.code == 0, done.err
+    lines = done.err.splitlines()
+    warned = (
+        "warning: 1 gene in no table, to compute with esm2_t33_650M_UR50D from --fasta: MYC. If "
+        "--fasta is only to name the keys of the table, take the records of these genes out of it, "
+        "or name the keys with --aliases or --hgnc"
+    )
+    assert lines[-1] == "dry run: 1 gene to compute (MYC), nothing written"
+    assert lines.index(warned) < next(i for i, x in enumerate(lines) if "would download" in x)
+
+
 def test_isoforms_of_a_table_are_averaged_whatever_is_said_of_those_computed(
     create: Create,
 ) -> None:

@@ -121,6 +121,22 @@ def embed_all(
         torch.set_float32_matmul_precision(matmul)
 
 
+def say_computed(genes: Sequence[str], tables: Sequence[Table], model: str) -> None:
+    """Which genes no table has, before weights are looked for; a FASTA file may be there only to
+    name the keys of a table."""
+    if not tables:
+        return
+    text = f"{count(len(genes), 'gene')} in no table, to compute with {model} from --fasta"
+    named_by = {namer.origin["kind"] for table in tables for namer in table.keys.named_by}
+    if "fasta" not in named_by:
+        announce(f"{text}: {some(genes)}")
+        return
+    warn(
+        f"{text}: {some(genes)}. If --fasta is only to name the keys of the table, take the "
+        "records of these genes out of it, or name the keys with --aliases or --hgnc"
+    )
+
+
 def find_checkpoint(
     genes: Sequence[str], tables: Sequence[Table], options: SequenceOptions, dry_run: bool
 ) -> Checkpoint | None:
@@ -141,6 +157,7 @@ def find_checkpoint(
             )
 
     check_width(ESM2_WIDTHS.get(options.esm_model))  # before gigabytes are downloaded
+    say_computed(genes, tables, options.esm_model)
     path = weights_path(options.esm_model, dry_run)
     if path is None:
         return None

@@ -30,7 +30,14 @@ from state_esm_features.evaluation.conclude import Evidence, comparison, conclud
 from state_esm_features.evaluation.groups import UNSEEN
 from state_esm_features.evaluation.picture import draw
 from state_esm_features.evaluation.settings import DATA, TRAINING, EvaluationOptions
-from state_esm_features.evaluation.study import Study, describe, disk_short, identity, make_study
+from state_esm_features.evaluation.study import (
+    Study,
+    describe,
+    disk_short,
+    few_unseen,
+    identity,
+    make_study,
+)
 from state_esm_features.evaluation.summary import interval, summarise
 from state_esm_features.evaluation.table import as_markdown, as_tsv
 from state_esm_features.experiment import features_section, note_section
@@ -100,11 +107,14 @@ def evaluate(
     slots = len(runs.places(study))
     done = runs.parts_done(study)
     notes.line(describe(study, done, runs.time_left(study, done, slots), slots))
-    short = disk_short(study, slots)
-    if short:
-        notes.warn(short)
-    require_same(study)
+    for warning in filter(None, (disk_short(study, slots), few_unseen(study))):
+        notes.warn(warning)
+    if done:
+        require_same(study)
     if given.get("dry_run"):
+        if not done:
+            for text in runs.try_features(study, begin):
+                notes.warn(text)
         notes.line("dry run: nothing written")
         return None
     with run_lock(study.folder, does="evaluating into", advice="let it finish"):

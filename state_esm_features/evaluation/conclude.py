@@ -29,13 +29,15 @@ class Comparison:
 
     Attributes
     ----------
-    own, shuffled
-        Means.
+    own
+        With its interval: vectors that are of use predict something themselves.
+    shuffled
+        A mean.
     difference
         own - shuffled, paired by perturbation and seed.
     """
 
-    own: float
+    own: Interval
     shuffled: float
     difference: Interval
 
@@ -69,7 +71,7 @@ def comparison(figures: pd.DataFrame, screen: str) -> Comparison | None:
     )
     if not (own and shuffled and difference):
         return None
-    return Comparison(own.mean, shuffled.mean, difference)
+    return Comparison(own, shuffled.mean, difference)
 
 
 def number(value: float) -> str:
@@ -79,12 +81,17 @@ def number(value: float) -> str:
     return f"{round(value, 2) + 0.0:.2f}"
 
 
+def end(value: float) -> str:
+    """An end of an interval: like a number, but never a zero that it is not."""
+    return number(value) if round(value, 2) or not value else f"{value:.1g}"
+
+
 def with_interval(interval: Interval) -> str:
     """'0.31 (95 % interval 0.25 to 0.36)'."""
     if not math.isfinite(interval.low):
         of = f"{count(interval.perturbations, 'perturbation')}, {count(interval.seeds, 'seed')}"
         return f"{number(interval.mean)} (no interval: {of})"
-    ends = f"{number(interval.low)} to {number(interval.high)}"
+    ends = f"{end(interval.low)} to {end(interval.high)}"
     return f"{number(interval.mean)} (95 % interval {ends})"
 
 
@@ -110,11 +117,19 @@ def conclude(evidence: Evidence) -> list[str]:
     return [_could_be_seen(evidence), _was_seen(evidence), _what_follows(evidence)]
 
 
+def is_seen(planted: Comparison) -> bool:
+    """Whether own vectors predict what was made of them, and more of it than shuffled ones do.
+
+    A model that has learnt next to nothing may be less wrong with the one than with the other.
+    """
+    return planted.difference.above_zero and planted.own.above_zero
+
+
 def control_failed(evidence: Evidence) -> bool:
     """Whether the positive control could not be seen."""
     if not evidence.planted:
         return False
-    return not evidence.planted[reference(evidence.planted)].difference.above_zero
+    return not is_seen(evidence.planted[reference(evidence.planted)])
 
 
 def _could_be_seen(evidence: Evidence) -> str:
@@ -128,20 +143,23 @@ def _could_be_seen(evidence: Evidence) -> str:
     made = f"where the response was made of the vectors, {strength_words(strength)}"
     gain = f"a correlation of {with_interval(found.difference)}"
     if control_failed(evidence):
-        lower = [s for s, x in evidence.planted.items() if x.difference.above_zero]
+        lower = [s for s, x in evidence.planted.items() if is_seen(x)]
         also = f"; it is seen at a strength of {min(lower):g}" if lower else ""
         if evidence.effect == 0:
             also = "; the real effects cannot be told from noise: halves of their cells disagree"
+        reached = ""
+        if found.difference.above_zero:
+            reached = f", but themselves reach {with_interval(found.own)} only"
         return (
             f"The positive control cannot be seen: even {made}, own vectors gain {gain} over "
-            f"shuffled ones on unseen perturbations{also}. No result on the real cells says "
-            "anything."
+            f"shuffled ones on unseen perturbations{reached}{also}. No result on the real cells "
+            "says anything."
         )
-    weakest = min(s for s, x in evidence.planted.items() if x.difference.above_zero)
+    weakest = min(s for s, x in evidence.planted.items() if is_seen(x))
     also = f", and it is seen down to a strength of {weakest:g}" if weakest < strength else ""
     return (
         f"This screen can show it: {made}, own vectors predict unseen perturbations better than "
-        f"shuffled ones, by {gain}{also}."
+        f"shuffled ones, by {gain}{also}{_caution(found.difference)}."
     )
 
 
@@ -152,7 +170,7 @@ def _was_seen(evidence: Evidence) -> str:
     found = real.difference
     of = f"of {count(found.perturbations, 'unseen perturbation')}, {count(found.seeds, 'seed')}"
     means = (
-        f"the correlation of predicted with true effects is {number(real.own)} with own and "
+        f"the correlation of predicted with true effects is {number(real.own.mean)} with own and "
         f"{number(real.shuffled)} with shuffled vectors ({of}), a difference of "
         f"{with_interval(found)}"
     )
@@ -179,7 +197,7 @@ def _what_follows(evidence: Evidence) -> str:
     caution = _caution(real.difference)
     if real.difference.above_zero:
         best = max(evidence.baselines, key=lambda m: evidence.baselines[m], default=None)
-        if best and evidence.baselines[best] >= real.own:
+        if best and evidence.baselines[best] >= real.own.mean:
             return (
                 f"So the vectors tell State something about genes that it has not seen, but {best},"
                 f" which reads no vectors, has a correlation of {number(evidence.baselines[best])}:"
@@ -201,7 +219,8 @@ def _what_follows(evidence: Evidence) -> str:
     bound = bound or "an interval needs two perturbations and two seeds (--seeds)"
     return (
         f"So nothing here speaks for these vectors, and nothing proves them useless: {bound}, a "
-        f"smaller one would not be seen. Choose by cost, or test on more perturbations{caution}."
+        "smaller one would not be seen. Test on more perturbations, or take the vectors that are "
+        f"least trouble{caution}."
     )
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Protocol
 
-from state_esm_features.console import InputError, announce, raise_if_stopped
+from state_esm_features.console import InputError, announce, raise_if_stopped, warn
 from state_esm_features.embedding.features_file import read_manifest
 from state_esm_features.evaluation import design, effects, planted
 from state_esm_features.evaluation.commands import CHECKPOINT, command
@@ -244,6 +245,36 @@ class Work:
             process.wait()
 
 
+def try_features(study: Study, begin: Begin) -> list[str]:
+    """What a dry run of own vectors warns of; nothing is kept of it.
+
+    Raises
+    ------
+    InputError
+        It fails, as it would in earnest.
+    """
+    part = design.Part(design.FEATURES, design.OWN)
+    with tempfile.TemporaryDirectory(prefix="esm-evaluation-") as place:
+        log = Path(place, "features.log")
+        code = begin([*command(study, part), "--dry-run"], dict(os.environ), log).wait()
+        if code:
+            lines = "".join(f"\n  {line}" for line in last_lines(log))
+            raise InputError(f"the vectors cannot be made (exit code {code}):{lines}")
+        return warnings_in(log)
+
+
+def warnings_in(log: Path) -> list[str]:
+    """What a command has warned of, each once."""
+    start = "warning: "
+    lines = log.read_text(errors="replace").splitlines()
+    found = dict.fromkeys(line for line in lines if line.startswith(start))
+    return [line.removeprefix(start) for line in found]
+
+
+def last_lines(log: Path) -> list[str]:
+    return log.read_text(errors="replace").splitlines()[-TAIL:]
+
+
 def log_of(study: Study, part: design.Part) -> Path:
     return study.folder / "logs" / f"{part.key}.log"
 
@@ -251,7 +282,7 @@ def log_of(study: Study, part: design.Part) -> Path:
 def failed(study: Study, part: design.Part, code: int) -> InputError:
     """The error of a part that failed: the end of its log, and where that is."""
     log = log_of(study, part)
-    lines = log.read_text(errors="replace").splitlines()[-TAIL:]
+    lines = last_lines(log)
     how = f"exit code {code}" if code > 0 else f"ended by signal {-code}"
     if code == -9:
         how += ", as the system does when memory is short"
@@ -297,6 +328,8 @@ def after(study: Study, part: design.Part) -> None:
                 "was made: choose another --output-dir"
             )
         if part.name == design.OWN:
+            for text in warnings_in(log_of(study, part)):
+                warn(text)
             announce(describe_groups(groups_of_test(study)))
     if part.kind == design.PREDICTION:
         for checkpoint in (study.run_dir(part.name) / "checkpoints").glob("*.ckpt"):

@@ -14,6 +14,7 @@ from typing import Any
 from state_esm_features.console import Findings, Notes, count, some
 from state_esm_features.embedding.features_file import read_manifest
 from state_esm_features.evaluation import design
+from state_esm_features.evaluation.conclude import FEW
 from state_esm_features.evaluation.groups import (
     GROUPS,
     PARTLY,
@@ -235,6 +236,18 @@ def disk_short(study: Study, slots: int) -> str | None:
     return (
         f"{study.folder}: about {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free. "
         "Free some, choose another --output-dir, or fewer --seeds"
+    )
+
+
+def few_unseen(study: Study) -> str | None:
+    """What to say where the test may be too small."""
+    splits = study.data.splits
+    n = sum(x not in splits["train"] for x in splits["test"])
+    if n >= FEW:
+        return None
+    return (
+        f"{count(n, 'perturbation')} of the test that no training cell has: under {FEW} an "
+        "interval is narrower than it should be, and little can be told. Hold more out"
     )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import anndata
 import pandas as pd
 import pytest
+import torch
 from conftest import Result, caught
 from demo_data import CONTROL
 from matplotlib.image import imread
@@ -20,7 +21,7 @@ from small_evaluation import STEPS, TINY, UNSEEN, WORDS, evaluation, prepare
 
 from state_esm_features.evaluation.__main__ import build_parser, main, parse
 from state_esm_features.evaluation.design import CONTROLLED, METHODS
-from state_esm_features.evaluation.runs import device_names
+from state_esm_features.evaluation.runs import begin_process, device_names
 
 THREE = (*CONTROLLED, "context_mean")
 
@@ -47,24 +48,23 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def first(place: Path) -> Result:
-    """An evaluation of own and shuffled vectors, one seed."""
-    return run(place, CONTROLLED, "--seeds", 1)
+def first(place: Path) -> dict[str, bytes]:
+    """Tables of an evaluation of own and shuffled vectors, one seed, before anything is added."""
+    done = run(place, CONTROLLED, "--seeds", 1)
+    assert done.code == 0, done.err
+    return {f: (place / "evaluation" / f).read_bytes() for f in ("table.tsv", "scores.tsv")}
 
 
 @pytest.fixture(scope="module")
-def whole(place: Path, first: Result) -> tuple[Path, Result]:
+def whole(place: Path, first: dict[str, bytes]) -> tuple[Path, Result]:
     """The same, gone on to a baseline and a planted screen."""
-    assert first.code == 0, first.err
     return place / "evaluation", run(place, THREE, "--seeds", 1, "--planted")
 
 
 def test_killed_at_three_moments_and_gone_on_the_table_is_the_same(
-    place: Path, first: Result
+    place: Path, first: dict[str, bytes]
 ) -> None:
     """Also where two models are trained at once."""
-    assert first.code == 0, first.err
-    expected = {f: (place / "evaluation" / f).read_bytes() for f in ("table.tsv", "scores.tsv")}
     folder = place / "killed"
     words = ("--seeds", 1, "--output-dir", folder)
     for key in ("shuffled_0.features", "real_own_0.training", "real_shuffled_0.prediction"):
@@ -80,7 +80,7 @@ def test_killed_at_three_moments_and_gone_on_the_table_is_the_same(
         assert not (folder / "done" / f"{key}.json").exists()
     gone_on = run(place, CONTROLLED, *words, at_once=2)
     assert gone_on.code == 0, gone_on.err
-    assert {f: (folder / f).read_bytes() for f in expected} == expected
+    assert {f: (folder / f).read_bytes() for f in first} == first
     records = folder.glob("runs/*/run.json")
     assert {len(json.loads(r.read_text())["starts"]) for r in records} == {1}  # begun anew
 
@@ -237,7 +237,8 @@ def test_up_to_date_in_the_end_and_nothing_changes(whole: tuple[Path, Result]) -
 def evaluate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., Result]:
-    """main([...]) in this process, in a folder with the tiny screen; it may start nothing."""
+    """main([...]) in this process, in a folder with the tiny screen; only a dry run may start
+    something."""
     prepare(tmp_path)
     monkeypatch.chdir(tmp_path)
 
@@ -247,7 +248,8 @@ def evaluate(
     def call(*words: object) -> Result:
         capsys.readouterr()
         try:
-            code = main([*WORDS, *map(str, words)], METHODS, nothing)  # type: ignore[arg-type]
+            begin = begin_process if "--dry-run" in words else nothing
+            code = main([*WORDS, *map(str, words)], METHODS, begin)  # type: ignore[arg-type]
         except SystemExit as usage:
             code = int(usage.code or 0)
         return Result(code, *capsys.readouterr())
@@ -261,13 +263,34 @@ def test_dry_run_writes_nothing(evaluate: Callable[..., Result], tmp_path: Path)
     assert result.code == 0, result.err
     lines = result.err.splitlines()
     assert lines[-1] == "dry run: nothing written"
-    assert "warning" not in result.err  # there are no validation cells, and none are needed
+    # there are no validation cells, and none are needed
+    assert [line for line in lines if line.startswith("warning")] == [
+        "warning: 3 perturbations of the test that no training cell has: under 10 an interval is "
+        "narrower than it should be, and little can be told. Hold more out"
+    ]
     assert "compared  own, shuffled, onehot, perturb_mean, context_mean; 3 seeds" in lines
     assert "planted   own and shuffled at a strength of 0.5, 1" in lines
     steps = (9 + 12) * STEPS
     assert f"models    23: {steps} steps in 21 trainings of {STEPS}, {steps} steps left" in lines
     assert "time      not measured yet: said once the first training has taken some steps" in lines
     assert {*tmp_path.rglob("*")} == before
+
+
+def test_dry_run_looks_the_labels_up(evaluate: Callable[..., Result], tmp_path: Path) -> None:
+    table = torch.load("table.pt", weights_only=True)
+    torch.save({**table, "1-Mar": table["SIM001"]}, "table.pt")
+    dated = evaluate("--dry-run")
+    assert dated.code == 0, dated.err
+    assert (
+        "warning: table.pt: 1 row left out, whose keys are dates that a spreadsheet made of "
+        "symbols (1-Mar)" in dated.err.splitlines()
+    )
+    del table["SIM001"]
+    torch.save(table, "table.pt")
+    refused = evaluate("--dry-run")
+    assert refused.code == 1
+    assert "error: the vectors cannot be made (exit code 1):\n" in refused.err
+    assert "  error: 2 of 11 labels have no embedding (SIM000+SIM001, SIM001). " in refused.err
 
 
 NOTHING_UNSEEN = (
@@ -319,8 +342,10 @@ def test_another_evaluation_is_not_mixed_in(
     evaluate: Callable[..., Result], tmp_path: Path
 ) -> None:
     folder = tmp_path / "evaluation"
-    folder.mkdir()
+    (folder / "done").mkdir(parents=True)
     (folder / "evaluation.json").write_text(json.dumps({"overrides": ["training.lr=1"]}))
+    assert evaluate("--dry-run").code == 0  # nothing of it is done
+    (folder / "done" / "own.features.json").write_text('{"seconds": 1}')
     result = evaluate("--dry-run")
     assert result.code == 1
     assert f"error: {folder} holds an evaluation with another overrides, toml, data, " in result.err

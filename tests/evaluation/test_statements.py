@@ -153,7 +153,7 @@ def test_what_is_planted_at_strength_one_is_found(planted: Comparison, real: Com
 @pytest.mark.parametrize("planted", [0.0], indirect=True)
 def test_at_a_strength_of_zero_nothing_can_be_seen(planted: Comparison, real: Comparison) -> None:
     assert planted.difference.low < 0 < planted.difference.high, planted
-    assert abs(planted.own) < 0.1 and abs(planted.shuffled) < 0.1, planted
+    assert abs(planted.own.mean) < 0.1 and abs(planted.shuffled) < 0.1, planted
     first, second, _ = conclude(Evidence(real, {0.0: planted}))
     assert first.startswith("The positive control cannot be seen: ")
     assert second.startswith("For the record, on the real cells ")
