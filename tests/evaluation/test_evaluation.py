@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -12,9 +13,10 @@ from pathlib import Path
 
 import anndata
 import pandas as pd
+import psutil
 import pytest
 import torch
-from conftest import Result, caught
+from conftest import Result, caught, until
 from demo_data import CONTROL
 from matplotlib.image import imread
 from small_evaluation import STEPS, TINY, UNSEEN, WORDS, evaluation, prepare
@@ -38,6 +40,15 @@ def running(folder: Path, key: str) -> bool:
     if key.endswith("training"):
         begun = (folder / "runs" / key.removesuffix(".training") / "run.json").exists()
     return begun and not (folder / "done" / f"{key}.json").exists()
+
+
+def alive(group: int) -> bool:
+    """Whether a process of a group lives on."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                return True
+    return False
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +87,7 @@ def test_killed_at_three_moments_and_gone_on_the_table_is_the_same(
 
         with caught(begin, lambda key=key: running(folder, key)) as process:  # type: ignore[arg-type]
             os.killpg(process.pid, signal.SIGKILL)
+        until(lambda group=process.pid: not alive(group))  # they hold runs until they have died
         assert not (folder / "table.tsv").exists()
         assert not (folder / "done" / f"{key}.json").exists()
     gone_on = run(place, CONTROLLED, *words, at_once=2)
