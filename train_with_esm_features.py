@@ -264,12 +264,8 @@ def usage_error(typed: Mapping[str, Any]) -> str | None:
 
 def parse(argv: Sequence[str]) -> TrainOptions:
     """Command line to options; overrides may stand right behind a bare --fast-loading."""
-    words = list(argv)
-    for i, word in enumerate(words[:-1]):
-        if word == "--fast-loading" and words[i + 1] not in training_options.LAYOUTS:
-            words[i] = "--fast-loading=sorted"
     parser = build_parser()
-    typed = vars(parser.parse_intermixed_args(words))
+    typed = vars(parser.parse_intermixed_args(training_options.with_layout(argv)))
     overrides = typed.pop("overrides")
     wrong = usage_error(typed)
     if wrong:

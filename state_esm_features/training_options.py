@@ -5,6 +5,7 @@ Those of features stand in `option_groups`. What an option does is not known her
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -146,3 +147,12 @@ class WandbOptions:
         "user or team that owns it", metavar="E", stock=("wandb.entity",)
     )
     wandb_tags: str | None = option("tags of the run, separated by commas", metavar="A,B")
+
+
+def with_layout(words: Sequence[str]) -> list[str]:
+    """A command line in which a bare --fast-loading says its layout: an override may follow it."""
+    said = list(words)
+    for i, word in enumerate(said[:-1]):
+        if word == "--fast-loading" and said[i + 1] not in LAYOUTS:
+            said[i] = "--fast-loading=sorted"
+    return said

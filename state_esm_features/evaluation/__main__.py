@@ -45,7 +45,7 @@ from state_esm_features.files import read_json, run_lock, write_json, write_text
 from state_esm_features.option_groups import add_feature_options, feature_options
 from state_esm_features.option_rules import misused
 from state_esm_features.options import Parser, add_options, first_given
-from state_esm_features.training_options import LAYOUTS
+from state_esm_features.training_options import with_layout
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -78,10 +78,8 @@ def parse(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
 
     What stands behind a bare --planted or --fast-loading may be an override.
     """
-    words = list(argv)
+    words = with_layout(argv)
     for i, word in enumerate(words[:-1]):
-        if word == "--fast-loading" and words[i + 1] not in LAYOUTS:
-            words[i] = "--fast-loading=sorted"
         if word == "--planted" and words[i + 1][:1] not in "0123456789.":
             words[i] = "--planted=1"
     typed = vars(build_parser().parse_intermixed_args(words))
