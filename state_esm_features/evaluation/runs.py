@@ -258,8 +258,7 @@ def try_features(study: Study, begin: Begin) -> list[str]:
         log = Path(place, "features.log")
         code = begin([*command(study, part), "--dry-run"], dict(os.environ), log).wait()
         if code:
-            lines = "".join(f"\n  {line}" for line in last_lines(log))
-            raise InputError(f"the vectors cannot be made (exit code {code}):{lines}")
+            raise InputError(f"the vectors cannot be made (exit code {code}):{end_of(log)}")
         return warnings_in(log)
 
 
@@ -271,8 +270,10 @@ def warnings_in(log: Path) -> list[str]:
     return [line.removeprefix(start) for line in found]
 
 
-def last_lines(log: Path) -> list[str]:
-    return log.read_text(errors="replace").splitlines()[-TAIL:]
+def end_of(log: Path) -> str:
+    """Its last lines, each on a line of its own, for a message."""
+    lines = log.read_text(errors="replace").splitlines()[-TAIL:]
+    return "".join(f"\n  {line}" for line in lines)
 
 
 def log_of(study: Study, part: design.Part) -> Path:
@@ -282,14 +283,12 @@ def log_of(study: Study, part: design.Part) -> Path:
 def failed(study: Study, part: design.Part, code: int) -> InputError:
     """The error of a part that failed: the end of its log, and where that is."""
     log = log_of(study, part)
-    lines = last_lines(log)
     how = f"exit code {code}" if code > 0 else f"ended by signal {-code}"
     if code == -9:
         how += ", as the system does when memory is short"
-    end = "".join(f"\n  {line}" for line in lines)
     error = InputError(
         f"{part.kind} of {part.name} failed ({how}); what is done is kept, and the same command "
-        f"goes on there. The end of {log}:{end}"
+        f"goes on there. The end of {log}:{end_of(log)}"
     )
     error.code = Busy.code if code == Busy.code else InputError.code
     return error

@@ -81,6 +81,12 @@ class Study:
     def parts(self) -> list[design.Part]:
         return design.parts(self.models)
 
+    @property
+    def not_trained(self) -> list[str]:
+        """Labels of the test that no training cell has."""
+        splits = self.data.splits
+        return [label for label in splits["test"] if label not in splits["train"]]
+
     def features_file(self, name: str) -> Path:
         return self.folder / "features" / f"{name}.pt"
 
@@ -241,8 +247,7 @@ def disk_short(study: Study, slots: int) -> str | None:
 
 def few_unseen(study: Study) -> str | None:
     """What to say where the test may be too small."""
-    splits = study.data.splits
-    n = sum(x not in splits["train"] for x in splits["test"])
+    n = len(study.not_trained)
     if n >= FEW:
         return None
     return (
@@ -265,7 +270,6 @@ def describe(study: Study, done: Collection[str], left: str | None, slots: int) 
     names = [m for m in design.METHODS if any(m == model.method for model in models)]
     seeds = len({model.seed for model in models})
     test = data.splits["test"]
-    unseen = [x for x in test if x not in data.splits["train"]]
     steps_left = design.steps(models, study.max_steps, done)
     trained = sum(model.trains for model in models)
     total = f"{design.steps(models, study.max_steps):,} steps in {count(trained, 'training')}"
@@ -275,7 +279,10 @@ def describe(study: Study, done: Collection[str], left: str | None, slots: int) 
         ("folder", study.folder),
         ("compared", f"{', '.join(names)}; {count(seeds, 'seed')}"),
         ("planted", f"own and shuffled at a strength of {screens}" if screens else "none"),
-        ("test", f"{count(len(test), 'perturbation')}, {len(unseen):,} that no training cell has"),
+        (
+            "test",
+            f"{count(len(test), 'perturbation')}, {len(study.not_trained):,} that no training cell has",
+        ),
         ("models", f"{len(models):,}: {total} of {study.max_steps:,}, {steps_left:,} steps left"),
         ("parts", f"{len(parts):,}, {len({p.key for p in parts} & {*done}):,} done"),
         ("at once", f"{slots:,}"),

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from state_esm_features.console import count
 from state_esm_features.evaluation.design import REAL, strength_of
-from state_esm_features.evaluation.effects import CELL_EVAL, METRICS
-from state_esm_features.evaluation.summary import ALL, PRIMARY
+from state_esm_features.evaluation.effects import METRICS
+from state_esm_features.evaluation.summary import ALL, EVERY_METRIC, PRIMARY
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -74,13 +74,12 @@ def _rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _metrics_table(figures: pd.DataFrame) -> str:
-    metrics = (*METRICS, *CELL_EVAL)
     rows = []
     for method, of in figures.groupby("method", sort=False):
         cells = of.set_index("metric")
-        texts = [shown(cells.loc[m], m in METRICS) for m in metrics]
+        texts = [shown(cells.loc[m], m in METRICS) for m in EVERY_METRIC]
         rows.append([str(method), *texts])
-    names = [m.replace("cell_eval_", "cell-eval: ") for m in metrics]
+    names = [m.replace("cell_eval_", "cell-eval: ") for m in EVERY_METRIC]
     return _rows(["", *names], rows)
 
 
