@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from state_esm_features.console import InputError, Notes, count, some, with_remedies
@@ -98,7 +98,7 @@ def open_sources(options: FeatureOptions, dry_run: bool, notes: Notes) -> list[S
     """
     fasta, isoforms = options.sources.fasta, options.sequences.isoforms
     proteins = [load_proteins(fasta, options.sequences, notes)] if fasta else []
-    namers = partial(find_namers, options.symbols, proteins)
+    namers = cache(partial(find_namers, options.symbols, proteins))  # once for all tables
     tables = open_tables(options.sources, options.sequences.layer, dry_run, notes, namers)
     tables = compare_tables(tables, notes)
     several = sum(len(table.keys.several) for table in tables)
