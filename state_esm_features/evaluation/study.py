@@ -269,7 +269,7 @@ def describe(study: Study, done: Collection[str], left: str | None, slots: int) 
     models, parts, data = study.models, study.parts, study.data
     names = [m for m in design.METHODS if any(m == model.method for model in models)]
     seeds = len({model.seed for model in models})
-    test = data.splits["test"]
+    test, unseen = data.splits["test"], len(study.not_trained)
     steps_left = design.steps(models, study.max_steps, done)
     trained = sum(model.trains for model in models)
     total = f"{design.steps(models, study.max_steps):,} steps in {count(trained, 'training')}"
@@ -279,10 +279,7 @@ def describe(study: Study, done: Collection[str], left: str | None, slots: int) 
         ("folder", study.folder),
         ("compared", f"{', '.join(names)}; {count(seeds, 'seed')}"),
         ("planted", f"own and shuffled at a strength of {screens}" if screens else "none"),
-        (
-            "test",
-            f"{count(len(test), 'perturbation')}, {len(study.not_trained):,} that no training cell has",
-        ),
+        ("test", f"{count(len(test), 'perturbation')}, {unseen:,} that no training cell has"),
         ("models", f"{len(models):,}: {total} of {study.max_steps:,}, {steps_left:,} steps left"),
         ("parts", f"{len(parts):,}, {len({p.key for p in parts} & {*done}):,} done"),
         ("at once", f"{slots:,}"),
